@@ -1,0 +1,103 @@
+"""Names that more than one program must agree on: the only home of such strings."""
+
+from enum import IntEnum
+from pathlib import Path
+
+GROUP = "stagetune.io"
+VERSION = "v1alpha1"
+API_VERSION = f"{GROUP}/{VERSION}"
+KIND = "StagedFineTune"
+PLURAL = "stagedfinetunes"
+SINGULAR = "stagedfinetune"
+SHORT_NAME = "sft"
+CATEGORY = "finetuning"
+
+RUN_NAME_MAX_LENGTH = 40
+"""Longest run name: Job names are `<run>-<NN>-<stage>` and must stay within 63 characters."""
+STAGE_NAME_MAX_LENGTH = 16
+DNS_LABEL_PATTERN = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"
+
+FACTS_FILE = "facts.json"
+DATA_REPORT_FILE = "data-report.json"
+MANIFEST_FILE = "manifest.json"
+REPORT_FILE = "report.json"
+STATUS_FILE = "status.json"
+PLAN_FILE = "plan.json"
+STAGE_CONFIG_FILE = "stage.json"
+METRICS_FILE = "metrics.jsonl"
+LOG_FILE = "log.txt"
+FENCE_FILE = "fence.json"
+LOCK_FILE = "lock"
+WEIGHTS_FILE = "model.safetensors"
+ADAPTER_WEIGHTS_FILE = "adapter_model.safetensors"
+OPTIMIZER_FILE = "optimizer.safetensors"
+LOOP_STATE_FILE = "loop.json"
+RANDOM_STATE_FILE = "random.safetensors"
+BEST_WEIGHTS_FILE = "best.safetensors"
+
+TERMINATION_MESSAGE_MAX_BYTES = 4096
+"""The kubelet keeps no more than this of a container's termination message."""
+
+
+class ExitCode(IntEnum):
+    """Exit codes of `stagetune`; documented in docs/command-line.md."""
+
+    DONE = 0
+    INVALID = 2
+    FAILED = 3
+    INTERRUPTED = 130
+
+
+class TrainerExitCode(IntEnum):
+    """Exit codes of a trainer process, one per failure class that must be told apart from outside.
+
+    They stay clear of 1, 2 and 126-255, which the interpreter, the shell and signals use.
+    """
+
+    SUCCEEDED = 0
+    USER_ERROR = 40
+    OUT_OF_MEMORY = 41
+    DIVERGED = 42
+    STORAGE_FULL = 43
+    STORAGE_ERROR = 44
+    INTERRUPTED = 45
+    FENCED = 46
+    INTERNAL = 47
+
+
+class RunLayout:
+    """Where everything of one run lies on its volume (docs/architecture.md, "The volume")."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.prepare = root / "prepare"
+        self.stages = root / "stages"
+        self.evaluation = root / "evaluation"
+        self.export = root / "export"
+        self.status = root / STATUS_FILE
+        self.plan = root / PLAN_FILE
+        self.lock = root / LOCK_FILE
+        self.run_report = root / REPORT_FILE
+
+    def stage(self, directory: str) -> "StageLayout":
+        """Return the layout of the stage in `stages/<directory>`, e.g. `01-layers-0-7`."""
+        return StageLayout(self.stages / directory)
+
+
+class StageLayout:
+    """Where one stage keeps its checkpoints, its output and its records."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.checkpoints = root / "checkpoints"
+        self.output = root / "output"
+        self.metrics = root / METRICS_FILE
+        self.report = root / REPORT_FILE
+        self.fence = root / FENCE_FILE
+        self.log = root / LOG_FILE
+        self.config = root / STAGE_CONFIG_FILE
+
+
+def checkpoint_directory_name(step: int) -> str:
+    """Return the name of the checkpoint folder after `step` optimizer steps."""
+    return f"step-{step:06d}"

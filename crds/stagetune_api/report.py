@@ -1,0 +1,189 @@
+"""StageReport: everything that one trainer process gives back.
+
+The whole report lies beside the weights; its short form fits a container's termination message.
+"""
+
+from enum import StrEnum
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from stagetune_api import names
+from stagetune_api.base import ApiModel
+from stagetune_api.facts import Facts
+from stagetune_api.stage import Task
+
+
+class Outcome(StrEnum):
+    """How a trainer process ended."""
+
+    SUCCEEDED = "Succeeded"
+    FAILED = "Failed"
+    INTERRUPTED = "Interrupted"
+
+
+class FailureClass(StrEnum):
+    """What kind of failure it was; decides whether a retry makes sense (docs/reliability.md)."""
+
+    USER_ERROR = "UserError"
+    OUT_OF_MEMORY = "OutOfMemory"
+    DISRUPTED = "Disrupted"
+    NODE_LOST = "NodeLost"
+    DIVERGED = "Diverged"
+    HUNG = "Hung"
+    STORAGE_FULL = "StorageFull"
+    STORAGE_ERROR = "StorageError"
+    FENCED = "Fenced"
+    IMAGE_ERROR = "ImageError"
+    UNSCHEDULABLE = "Unschedulable"
+    INTERNAL = "Internal"
+
+
+class Failure(ApiModel):
+    """Why a task failed."""
+
+    failure_class: FailureClass = Field(alias="class")
+    """class of the failure."""
+    exit_code: int
+    """exitCode of the process; negative is the signal that ended it."""
+    message: Annotated[str, Field(max_length=8192)]
+    """message for people, with the cure where there is one."""
+    log_tail: Annotated[str, Field(max_length=8192)] = ""
+    """logTail is the end of what the process logged."""
+
+
+class CheckpointRef(ApiModel):
+    """A published checkpoint or stage output."""
+
+    path: str
+    """path of its folder."""
+    digest: str
+    """digest of its content."""
+    step: Annotated[int, Field(ge=0)]
+    """step of the optimizer at which it was taken."""
+
+
+class TrainResult(ApiModel):
+    """What a training stage measured."""
+
+    steps: int
+    """steps that were taken."""
+    planned_steps: int
+    """plannedSteps of the plan; more than `steps` after an early stop."""
+    stopped_early: bool
+    """stoppedEarly says whether patience ran out."""
+    best_step: int
+    """bestStep whose weights are handed on."""
+    loss: float | None
+    """loss of the last training step, mean over its answer tokens, in nats."""
+    initial_validation_loss: float
+    """initialValidationLoss before the first step."""
+    validation_loss: float
+    """validationLoss of what is handed on, mean over answer tokens, in nats."""
+    trainable_parameters: int
+    """trainableParameters of the stage."""
+    tokens: int
+    """tokens that went through the stage in training, padding left out."""
+    tokens_per_second: float
+    """tokensPerSecond of training, padding and validation left out."""
+    train_seconds: float
+    """trainSeconds spent in training steps, over all attempts."""
+
+
+class SampleAnswer(ApiModel):
+    """One validation question with its answers."""
+
+    question: str
+    """question as the user turn holds it."""
+    reference: str
+    """reference answer of the data."""
+    before: str
+    """before is the base model's greedy answer."""
+    after: str
+    """after is the tuned model's greedy answer."""
+
+
+class ModelScores(ApiModel):
+    """What one model scores."""
+
+    validation_loss: float
+    """validationLoss, mean over answer tokens, in nats."""
+    exact_match: float | None = None
+    """exactMatch is the share of greedy answers equal to the reference after normalisation."""
+    general_loss: float | None = None
+    """generalLoss on text that was not trained on, mean over tokens, in nats."""
+    kl_to_base: float | None = None
+    """klToBase is KL(base || tuned) on validation answer tokens, in nats a token; only after."""
+
+
+class EvaluationResult(ApiModel):
+    """The base model and the exported one, side by side."""
+
+    before: ModelScores
+    """before is the base model."""
+    after: ModelScores
+    """after is the exported model."""
+    exact_match_rows: int
+    """exactMatchRows that were answered."""
+    samples: list[SampleAnswer]
+    """samples of answers before and after."""
+
+
+class StageReport(ApiModel):
+    """How one task of a run ended."""
+
+    api_version: Literal["stagetune.io/v1alpha1"] = "stagetune.io/v1alpha1"
+    """apiVersion of this file."""
+    kind: Literal["StageReport"] = "StageReport"
+    """kind of this file."""
+    task: Task
+    """task that was done."""
+    name: str
+    """name of the stage, or of the task in lower case."""
+    attempt: int
+    """attempt that wrote this report."""
+    outcome: Outcome
+    """outcome of the task."""
+    failure: Failure | None = None
+    """failure, unless it succeeded."""
+    seconds: float = 0.0
+    """seconds that the process took, imports and loading included, over all attempts."""
+    peak_memory_bytes: int = 0
+    """peakMemoryBytes: of the GPU where there is one, else the resident memory of the process."""
+    device: str = "cpu"
+    """device that did the work."""
+    facts: Facts | None = None
+    """facts that prepare measured."""
+    output: CheckpointRef | None = None
+    """output that was published."""
+    train: TrainResult | None = None
+    """train is what a training stage measured."""
+    evaluation: EvaluationResult | None = None
+    """evaluation of the base and the exported model."""
+    export: str | None = None
+    """export is the path of the exported folder."""
+
+    def termination_message(self) -> str:
+        """Return the report as JSON of at most 4,096 bytes; log and samples are cut first."""
+        short = self
+        if self.evaluation is not None:
+            evaluation = self.evaluation.model_copy(update={"samples": []})
+            short = short.model_copy(update={"evaluation": evaluation})
+        for budget in (1024, 256, 0):
+            text = _with_failure_text(short, budget).model_dump_json(exclude_none=True)
+            if len(text.encode()) <= names.TERMINATION_MESSAGE_MAX_BYTES:
+                return text
+        raise ValueError(f"the report of {self.name} does not fit a termination message")
+
+
+def _with_failure_text(report: StageReport, budget: int) -> StageReport:
+    """Return `report` with each text of its failure cut to `budget` characters."""
+    if report.failure is None:
+        return report
+    failure = report.failure.model_copy(
+        update={
+            "message": report.failure.message[: max(budget, 128)],
+            "log_tail": report.failure.log_tail[-budget:] if budget else "",
+        }
+    )
+    return report.model_copy(update={"failure": failure})

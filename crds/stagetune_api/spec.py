@@ -1,0 +1,565 @@
+"""The manifest: what a user writes, field by field.
+
+The models hold types, ranges and sizes; rules that look at more than one field are in `validation`
+and, as CEL, in `schema`. Every list, string and map has a maximum so that the API server can bound
+the cost of those rules.
+"""
+
+from enum import StrEnum
+from typing import Annotated, Literal
+
+from pydantic import ConfigDict, Field, StringConstraints
+
+from stagetune_api import names
+from stagetune_api.base import ApiModel
+
+SourceUri = Annotated[
+    str,
+    StringConstraints(max_length=2048, pattern=r"^(hf|ms|s3|pvc|file)://.+$"),
+]
+ObjectName = Annotated[
+    str,
+    StringConstraints(min_length=1, max_length=253, pattern=r"^[a-z0-9]([-a-z0-9.]*[a-z0-9])?$"),
+]
+ColumnName = Annotated[str, StringConstraints(min_length=1, max_length=128)]
+Fraction = Annotated[float, Field(ge=0, le=1)]
+LearningRate = Annotated[float, Field(gt=0, le=1)]
+Weight = Annotated[float, Field(ge=0, le=1000)]
+
+
+class DataFormat(StrEnum):
+    """Shapes of a training row; docs/data.md shows each."""
+
+    AUTO = "Auto"
+    MESSAGES = "Messages"
+    SHARE_GPT = "ShareGPT"
+    ALPACA = "Alpaca"
+    QUERY_RESPONSE = "QueryResponse"
+
+
+class TooLongPolicy(StrEnum):
+    """What happens to a row with more tokens than `maxLength`."""
+
+    REJECT = "Reject"
+    TRUNCATE = "Truncate"
+
+
+class MethodType(StrEnum):
+    """What trains inside a stage."""
+
+    FULL = "Full"
+    LORA = "LoRA"
+    QLORA = "QLoRA"
+    EXPAND = "Expand"
+
+
+class Order(StrEnum):
+    """Which end of the decoder is trained first."""
+
+    BOTTOM_UP = "BottomUp"
+    TOP_DOWN = "TopDown"
+    GRADIENT_NORM = "GradientNorm"
+
+
+class HeadPolicy(StrEnum):
+    """Whether the final norm and the language-model head are trained."""
+
+    NEVER = "Never"
+    LAST_STAGE = "LastStage"
+
+
+class EmbeddingsPolicy(StrEnum):
+    """Whether the input embeddings are trained."""
+
+    NEVER = "Never"
+    FIRST_STAGE = "FirstStage"
+
+
+class DataPartition(StrEnum):
+    """Whether stages see the same rows or each its own."""
+
+    SHARED = "Shared"
+    DISJOINT = "Disjoint"
+
+
+class Interpolation(StrEnum):
+    """How a value moves from the bottom of the decoder to its top."""
+
+    GEOMETRIC = "Geometric"
+    LINEAR = "Linear"
+
+
+class OptimizerType(StrEnum):
+    """The optimizer of a stage."""
+
+    ADAMW = "AdamW"
+    ADAMW_8BIT = "AdamW8bit"
+
+
+class LearningRateSchedule(StrEnum):
+    """How the learning rate moves inside a stage after warm-up."""
+
+    COSINE = "Cosine"
+    CONSTANT = "Constant"
+
+
+class Precision(StrEnum):
+    """The number format of the computation; what trains is always kept in fp32."""
+
+    AUTO = "Auto"
+    BF16 = "BF16"
+    FP32 = "FP32"
+
+
+class GradientCheckpointing(StrEnum):
+    """Whether activations above the frozen prefix are recomputed in the backward pass."""
+
+    ALWAYS = "Always"
+    NEVER = "Never"
+
+
+class PrefixCache(StrEnum):
+    """Whether hidden states at the border of the frozen prefix are kept on the volume."""
+
+    NEVER = "Never"
+    AUTO = "Auto"
+
+
+class EngineType(StrEnum):
+    """What runs the backward pass and the optimizer."""
+
+    AUTO = "Auto"
+    SINGLE = "Single"
+    DEEPSPEED = "DeepSpeed"
+
+
+class RetainPolicy(StrEnum):
+    """What stays on the volume when the run object is deleted."""
+
+    RESULT = "Result"
+    EVERYTHING = "Everything"
+    NOTHING = "Nothing"
+
+
+class ExportFormat(StrEnum):
+    """What the finished run leaves for others to load."""
+
+    MERGED = "Merged"
+    ADAPTER = "Adapter"
+
+
+class ExportDtype(StrEnum):
+    """Number format of exported weights; `Auto` is that of the base model."""
+
+    AUTO = "Auto"
+    BF16 = "BF16"
+    FP32 = "FP32"
+
+
+class ModelSpec(ApiModel):
+    """The base model."""
+
+    source: SourceUri
+    """source of the base model: hf://org/name, ms://org/name, or file:// with a folder of
+    safetensors or one GGUF file. A relative file:// path counts from the manifest's folder."""
+    revision: Annotated[str, StringConstraints(min_length=1, max_length=128)] | None = None
+    """revision of an hf:// or ms:// source. Pin a commit: branches and tags can move."""
+    secret_name: ObjectName | None = None
+    """secretName of the Secret whose key `token` opens a private hub repository. On one machine the
+    token comes from the environment variable HF_TOKEN or MODELSCOPE_API_TOKEN instead."""
+    chat_template: Annotated[str, StringConstraints(max_length=32768)] | None = None
+    """chatTemplate is a Jinja chat template used instead of the tokenizer's own; needed where the
+    tokenizer has none. It is exported with the model."""
+
+
+class ColumnsSpec(ApiModel):
+    """Names of the data's columns where they differ from the usual ones."""
+
+    messages: ColumnName | None = None
+    """messages is the column with the list of turns (Messages, ShareGPT)."""
+    system: ColumnName | None = None
+    """system is the column with the system prompt."""
+    query: ColumnName | None = None
+    """query is the column with the question (QueryResponse) or the instruction (Alpaca)."""
+    input: ColumnName | None = None
+    """input is the column with the input that follows the instruction (Alpaca)."""
+    response: ColumnName | None = None
+    """response is the column with the answer (QueryResponse, Alpaca)."""
+    history: ColumnName | None = None
+    """history is the column with earlier question-answer pairs (QueryResponse, Alpaca)."""
+
+
+class ValidationSpec(ApiModel):
+    """Where validation rows come from: exactly one of `fraction` and `source`."""
+
+    fraction: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """fraction of the dataset's rows kept out of training and used for validation."""
+    source: SourceUri | None = None
+    """source of validation rows of their own, in the same format as the dataset."""
+
+
+class DatasetSpec(ApiModel):
+    """The training data and how it becomes tokens."""
+
+    source: SourceUri
+    """source of the rows: hf://org/name or hf://org/name/path, ms://..., or file:// with a JSONL,
+    JSON, CSV or Parquet file or a folder of them. Relative paths count from the manifest."""
+    revision: Annotated[str, StringConstraints(min_length=1, max_length=128)] | None = None
+    """revision of an hf:// or ms:// source."""
+    secret_name: ObjectName | None = None
+    """secretName of the Secret whose key `token` opens a private hub repository."""
+    format: DataFormat = DataFormat.AUTO
+    """format of the rows. `Auto` finds it from the columns of the first rows and shows what it
+    found."""
+    columns: ColumnsSpec | None = None
+    """columns names the data's columns where `Auto` cannot know them."""
+    validation: ValidationSpec
+    """validation says where validation rows come from; every stage is judged by them."""
+    max_length: Annotated[int, Field(ge=8, le=1048576)] = 2048
+    """maxLength of one row in tokens, chat template included."""
+    too_long: TooLongPolicy = TooLongPolicy.REJECT
+    """tooLong says whether a row above `maxLength` counts as invalid or is cut at its end."""
+    max_invalid_ratio: Fraction = 0.0
+    """maxInvalidRatio of rows that may be dropped (each is reported with its line and reason)
+    before the run fails. The default allows none."""
+
+
+class LoraSpec(ApiModel):
+    """Low-rank adapters (arXiv 2106.09685) inside the layers of a stage."""
+
+    rank: Annotated[int, Field(ge=1, le=1024)] = 16
+    """rank of the adapters."""
+    alpha: Annotated[float, Field(gt=0, le=4096)] | None = None
+    """alpha scales the adapters by alpha/rank. Left out, it is twice the rank."""
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """dropout in front of the adapters while training."""
+    target_modules: (
+        Annotated[
+            list[Annotated[str, StringConstraints(min_length=1, max_length=64)]],
+            Field(min_length=1, max_length=32),
+        ]
+        | None
+    ) = None
+    """targetModules are the linear modules of a decoder layer that get an adapter, by the last part
+    of their name (`q_proj`). Left out, all linear modules do."""
+
+
+class ExpandSpec(ApiModel):
+    """Added decoder blocks (LLaMA Pro, arXiv 2401.02415)."""
+
+    layers_per_block: Annotated[int, Field(ge=1, le=128)] = 4
+    """layersPerBlock is the number of existing layers after which one block is added."""
+
+
+class MethodSpec(ApiModel):
+    """What trains inside a stage."""
+
+    type: MethodType = MethodType.FULL
+    """type of training: Full opens the stage's weights, LoRA puts adapters beside them."""
+    lora: LoraSpec | None = None
+    """lora holds the adapter options; only with type LoRA or QLoRA."""
+    expand: ExpandSpec | None = None
+    """expand holds the options of added blocks; only with type Expand."""
+
+
+class ScheduleSpec(ApiModel):
+    """How the decoder is cut into stages: give `layersPerStage` or `stageCount`."""
+
+    layers_per_stage: Annotated[int, Field(ge=1, le=1024)] | None = None
+    """layersPerStage is the number of decoder layers a stage opens. Where the model's depth does
+    not divide evenly, the stage at the top is the smaller one."""
+    stage_count: Annotated[int, Field(ge=1, le=128)] | None = None
+    """stageCount is the number of stages; layers are spread evenly, larger groups at the bottom."""
+    order: Order = Order.BOTTOM_UP
+    """order in which the groups are opened."""
+    head: HeadPolicy = HeadPolicy.NEVER
+    """head says whether the stage with the topmost layers also trains the final norm and the
+    language-model head. Refused for models whose head is tied to the embeddings."""
+    embeddings: EmbeddingsPolicy = EmbeddingsPolicy.NEVER
+    """embeddings says whether the stage with the bottommost layers also trains the input
+    embeddings."""
+    epochs_per_stage: Annotated[float, Field(gt=0, le=1000)] = 1.0
+    """epochsPerStage is the number of passes a stage makes over its rows."""
+    data_fraction: Annotated[float, Field(gt=0, le=1)] | None = None
+    """dataFraction of the training rows that a stage sees. Left out: all of them when
+    `dataPartition` is Shared, an equal share when it is Disjoint."""
+    data_partition: DataPartition = DataPartition.SHARED
+    """dataPartition says whether all stages see the same rows or each stage rows of its own."""
+
+
+class LayerRange(ApiModel):
+    """Decoder layers, counted from 0 at the bottom; both ends belong to it."""
+
+    first: Annotated[int, Field(ge=0, le=1023)]
+    """first layer, the one nearest to the embeddings."""
+    last: Annotated[int, Field(ge=0, le=1023)]
+    """last layer, the one nearest to the head."""
+
+    @property
+    def count(self) -> int:
+        """Number of layers in the range."""
+        return self.last - self.first + 1
+
+
+class ExplicitStageSpec(ApiModel):
+    """One stage of an explicit list."""
+
+    name: Annotated[
+        str,
+        StringConstraints(
+            min_length=1,
+            max_length=names.STAGE_NAME_MAX_LENGTH,
+            pattern=names.DNS_LABEL_PATTERN,
+        ),
+    ]
+    """name of the stage, unique in the list."""
+    layers: LayerRange
+    """layers that the stage opens."""
+    embeddings: bool = False
+    """embeddings says whether the stage also trains the input embeddings; it must open layer 0."""
+    head: bool = False
+    """head says whether the stage also trains the final norm and the language-model head; it must
+    open the topmost layer."""
+    learning_rate: LearningRate | None = None
+    """learningRate of this stage; left out, that of `training` counts."""
+    epochs: Annotated[float, Field(gt=0, le=1000)] = 1.0
+    """epochs is the number of passes the stage makes over its rows."""
+    data_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """dataFraction of the training rows that the stage sees."""
+
+
+class LearningRateByDepth(ApiModel):
+    """A learning rate for the bottom of the decoder and one for its top."""
+
+    bottom: LearningRate
+    """bottom is the learning rate of the stage nearest to the embeddings."""
+    top: LearningRate
+    """top is the learning rate of the stage nearest to the head, and of a single stage."""
+    interpolation: Interpolation = Interpolation.GEOMETRIC
+    """interpolation between the two for the stages between them."""
+
+
+class EarlyStoppingSpec(ApiModel):
+    """When a stage ends before its last step; the best state is what it hands on."""
+
+    patience: Annotated[int, Field(ge=1, le=1000)] = 2
+    """patience is the number of validations in a row without improvement that end the stage."""
+    min_delta: Annotated[float, Field(ge=0, le=100)] = 0.0
+    """minDelta is the least fall of the validation loss that counts as improvement."""
+
+
+class TrainingSpec(ApiModel):
+    """How a stage trains."""
+
+    learning_rate: LearningRate | None = None
+    """learningRate of every stage. Give this or `learningRateByDepth`."""
+    learning_rate_by_depth: LearningRateByDepth | None = None
+    """learningRateByDepth gives each stage a rate by where its layers stand in the decoder."""
+    learning_rate_schedule: LearningRateSchedule = LearningRateSchedule.COSINE
+    """learningRateSchedule is how the rate moves after warm-up: Cosine falls to zero at the stage's
+    last step. Every stage begins anew."""
+    warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.03
+    """warmupRatio is the part of a stage's steps in which the rate rises from zero."""
+    batch_size: Annotated[int, Field(ge=1, le=65536)] = 16
+    """batchSize is the number of rows in one optimizer step."""
+    micro_batch_size: Annotated[int, Field(ge=1, le=65536)] = 1
+    """microBatchSize is the number of rows computed at once; gradients of a batch are accumulated
+    over its micro-batches. It must divide `batchSize`."""
+    max_grad_norm: Annotated[float, Field(gt=0, le=1000000)] = 1.0
+    """maxGradNorm is the norm to which the stage's gradients are clipped."""
+    weight_decay: Annotated[float, Field(ge=0, le=10)] = 0.0
+    """weightDecay of AdamW, applied to matrices and not to norms and biases."""
+    optimizer: OptimizerType = OptimizerType.ADAMW
+    """optimizer of every stage; its state never crosses from one stage to the next."""
+    precision: Precision = Precision.AUTO
+    """precision of the computation. Auto is BF16 on a GPU and FP32 on a CPU."""
+    gradient_checkpointing: GradientCheckpointing = GradientCheckpointing.ALWAYS
+    """gradientCheckpointing trades about a third more computation above the frozen prefix for
+    activations that take memory only at layer borders."""
+    early_stopping: EarlyStoppingSpec | None = None
+    """earlyStopping ends a stage when its validation loss no longer falls."""
+    validations_per_epoch: Annotated[int, Field(ge=1, le=1000)] = 2
+    """validationsPerEpoch is how often a stage computes its validation loss in one pass."""
+    checkpoint_interval_seconds: Annotated[int, Field(ge=1, le=86400)] = 300
+    """checkpointIntervalSeconds is the longest time of training that a killed process can lose."""
+    prefix_cache: PrefixCache = PrefixCache.NEVER
+    """prefixCache says whether the hidden states below the stage are computed once and kept."""
+    seed: Annotated[int, Field(ge=0, le=2147483647)] = 42
+    """seed of everything random: row order, adapters, dropout, the validation split."""
+
+
+class DistillationSpec(ApiModel):
+    """Keep the answers' distribution close to the base model's."""
+
+    weight: Weight
+    """weight of the distillation loss."""
+
+
+class AnchorSpec(ApiModel):
+    """Keep the group's output close to the base model's."""
+
+    weight: Weight
+    """weight of the anchor loss."""
+
+
+class AveragingSpec(ApiModel):
+    """Average base and tuned weights at export."""
+
+    alpha: Fraction
+    """alpha is the share of the tuned weights."""
+
+
+class ProtectionSpec(ApiModel):
+    """What keeps the model from forgetting."""
+
+    distillation: DistillationSpec | None = None
+    """distillation from the base model."""
+    anchor: AnchorSpec | None = None
+    """anchor on the residual stream."""
+    averaging: AveragingSpec | None = None
+    """averaging of base and tuned weights."""
+
+
+class ResourcesSpec(ApiModel):
+    """Resources of a stage's container."""
+
+    limits: Annotated[
+        dict[
+            Annotated[str, StringConstraints(max_length=128)],
+            Annotated[str, StringConstraints(max_length=32)],
+        ],
+        Field(max_length=16),
+    ]
+    """limits by resource name, as in a container."""
+
+
+class RuntimeSpec(ApiModel):
+    """How pods are run on a cluster."""
+
+    resources: ResourcesSpec | None = None
+    """resources of each stage's container."""
+    queue_name: ObjectName | None = None
+    """queueName of the Kueue LocalQueue that admits the stages."""
+    engine: EngineType = EngineType.AUTO
+    """engine that runs the backward pass and the optimizer."""
+
+
+class StorageSpec(ApiModel):
+    """The volume of a run on a cluster."""
+
+    size: Annotated[str, StringConstraints(max_length=32, pattern=r"^[0-9]+(Ki|Mi|Gi|Ti)$")]
+    """size of the volume, such as 100Gi."""
+    storage_class_name: ObjectName | None = None
+    """storageClassName of the claim."""
+    retain: RetainPolicy = RetainPolicy.RESULT
+    """retain says what stays on the volume when the run is deleted."""
+
+
+class ExactMatchSpec(ApiModel):
+    """Greedy answers to validation questions, compared with the reference answers."""
+
+    max_rows: Annotated[int, Field(ge=1, le=100000)] = 200
+    """maxRows is the number of validation rows that are answered, from the first."""
+    max_new_tokens: Annotated[int, Field(ge=1, le=4096)] = 64
+    """maxNewTokens is the longest answer that is generated."""
+
+
+class GeneralTextSpec(ApiModel):
+    """Text that was not trained on: how much its loss rises is how much was forgotten."""
+
+    source: SourceUri
+    """source of the text: a JSONL file with a `text` column, or a plain text file with a blank line
+    between passages."""
+    max_tokens: Annotated[int, Field(ge=64, le=10000000)] = 20000
+    """maxTokens of text that are read."""
+
+
+class EvaluationSpec(ApiModel):
+    """What is measured before and after, on the base model and on the exported one.
+
+    Validation loss and the divergence from the base (KL) are always measured.
+    """
+
+    exact_match: ExactMatchSpec | None = None
+    """exactMatch scores greedy answers to the validation questions."""
+    general_text: GeneralTextSpec | None = None
+    """generalText measures the loss on text that was not trained on."""
+    samples: Annotated[int, Field(ge=0, le=20)] = 3
+    """samples is the number of validation answers shown before and after."""
+
+
+class ExportSpec(ApiModel):
+    """What the finished run leaves for others to load."""
+
+    format: ExportFormat = ExportFormat.MERGED
+    """format of the result: Merged is an ordinary Hugging Face folder, Adapter a PEFT folder."""
+    dtype: ExportDtype = ExportDtype.AUTO
+    """dtype of exported weights; Auto keeps that of the base model."""
+
+
+class ServeSpec(ApiModel):
+    """How the result is served."""
+
+    replicas: Annotated[int, Field(ge=0, le=64)] = 1
+    """replicas of the server."""
+
+
+class StagedFineTuneSpec(ApiModel):
+    """What is trained, on what, in which stages, and what is left at the end."""
+
+    model: ModelSpec
+    """model that the run starts from."""
+    dataset: DatasetSpec
+    """dataset that the model is tuned on."""
+    method: MethodSpec = MethodSpec()
+    """method says what trains inside a stage."""
+    schedule: ScheduleSpec | None = None
+    """schedule cuts the decoder into stages by rule. Give this or `stages`."""
+    stages: Annotated[list[ExplicitStageSpec], Field(min_length=1, max_length=128)] | None = None
+    """stages lists the stages one by one, in the order in which they run."""
+    training: TrainingSpec = TrainingSpec()
+    """training says how a stage trains."""
+    protection: ProtectionSpec | None = None
+    """protection keeps what the model knew before."""
+    runtime: RuntimeSpec | None = None
+    """runtime says how pods are run on a cluster."""
+    storage: StorageSpec | None = None
+    """storage is the run's volume on a cluster."""
+    evaluation: EvaluationSpec = EvaluationSpec()
+    """evaluation says what is measured before and after."""
+    export: ExportSpec = ExportSpec()
+    """export says what the run leaves for others to load."""
+    serve: ServeSpec | None = None
+    """serve says how the result is served."""
+    suspend: bool = False
+    """suspend stops the run after saving; false lets it go on."""
+
+
+class ObjectMeta(ApiModel):
+    """The part of Kubernetes' object metadata that a run reads."""
+
+    # A live object carries many more keys here, all of them the API server's business.
+    model_config = ConfigDict(extra="ignore")
+
+    name: Annotated[
+        str,
+        StringConstraints(
+            min_length=1, max_length=names.RUN_NAME_MAX_LENGTH, pattern=names.DNS_LABEL_PATTERN
+        ),
+    ]
+    """name of the run."""
+    namespace: Annotated[str, StringConstraints(max_length=63)] | None = None
+    """namespace of the run on a cluster."""
+
+
+class StagedFineTune(ApiModel):
+    """A run: a model tuned in stages, each opening a few decoder layers."""
+
+    api_version: Literal["stagetune.io/v1alpha1"]
+    """apiVersion of this manifest."""
+    kind: Literal["StagedFineTune"]
+    """kind of this manifest."""
+    metadata: ObjectMeta
+    """metadata names the run."""
+    spec: StagedFineTuneSpec
+    """spec is what the user asks for."""

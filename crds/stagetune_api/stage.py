@@ -1,0 +1,168 @@
+"""StageConfig: everything that one trainer process is given, in one JSON file."""
+
+from enum import StrEnum
+from typing import Annotated, Literal, Self
+
+from pydantic import Field, model_validator
+
+from stagetune_api.base import ApiModel
+from stagetune_api.spec import (
+    DatasetSpec,
+    EvaluationSpec,
+    ExportSpec,
+    LayerRange,
+    MethodSpec,
+    ModelSpec,
+    TrainingSpec,
+)
+
+
+class Task(StrEnum):
+    """What a trainer process does."""
+
+    PREPARE = "Prepare"
+    TRAIN = "Train"
+    EXPORT = "Export"
+    EVALUATE = "Evaluate"
+
+
+class RowRange(ApiModel):
+    """Rows of the shuffled training set: `start` belongs to it, `end` does not."""
+
+    start: Annotated[int, Field(ge=0)]
+    """start of the range."""
+    end: Annotated[int, Field(ge=1)]
+    """end of the range."""
+
+    @property
+    def count(self) -> int:
+        """Number of rows in the range."""
+        return self.end - self.start
+
+
+class StageEstimate(ApiModel):
+    """What a stage will need, by the formulas of docs/plan.md."""
+
+    trainable_parameters: Annotated[int, Field(ge=0)]
+    """trainableParameters of the stage."""
+    weights_bytes: Annotated[int, Field(ge=0)]
+    """weightsBytes of all resident weights that do not train."""
+    training_state_bytes: Annotated[int, Field(ge=0)]
+    """trainingStateBytes of what trains: masters, gradients and optimizer states."""
+    activation_bytes: Annotated[int, Field(ge=0)]
+    """activationBytes at the widest point of one micro-batch of the longest row."""
+    memory_bytes: Annotated[int, Field(ge=0)]
+    """memoryBytes at the peak: weights, training state, activations and the device's context."""
+    disk_bytes: Annotated[int, Field(ge=0)]
+    """diskBytes of the stage's checkpoints and output at their largest."""
+    step_flops: Annotated[int, Field(ge=0)]
+    """stepFlops of one optimizer step on rows of mean length."""
+    relative_step_flops: Annotated[float, Field(ge=0)]
+    """relativeStepFlops is stepFlops over that of full fine-tuning with the same settings."""
+
+
+class PlannedStage(ApiModel):
+    """One stage with every number resolved."""
+
+    index: Annotated[int, Field(ge=0)]
+    """index in running order, from 0."""
+    name: str
+    """name, unique in the run."""
+    layers: LayerRange
+    """layers that the stage opens."""
+    embeddings: bool
+    """embeddings says whether the input embeddings train too."""
+    head: bool
+    """head says whether the final norm and the head train too."""
+    learning_rate: float
+    """learningRate at its highest."""
+    epochs: float
+    """epochs over the stage's rows."""
+    rows: RowRange
+    """rows of the training set, in its one shuffled order, that the stage sees."""
+    steps: Annotated[int, Field(ge=1)]
+    """steps of the optimizer."""
+    warmup_steps: Annotated[int, Field(ge=0)]
+    """warmupSteps in which the rate rises."""
+    validation_interval: Annotated[int, Field(ge=1)]
+    """validationInterval in steps."""
+    estimate: StageEstimate
+    """estimate of what the stage needs."""
+
+    @property
+    def directory(self) -> str:
+        """Name of the stage's folder, which sorts in running order: `01-layers-0-7`."""
+        return f"{self.index + 1:02d}-{self.name}"
+
+
+class ParentRef(ApiModel):
+    """The verified output that a stage goes on from."""
+
+    path: str
+    """path of the output folder."""
+    digest: str
+    """digest of its content, which the stage checks before anything else."""
+
+
+class StageConfig(ApiModel):
+    """Everything one trainer process is given; written by the runner, read by the trainer."""
+
+    api_version: Literal["stagetune.io/v1alpha1"] = "stagetune.io/v1alpha1"
+    """apiVersion of this file."""
+    kind: Literal["StageConfig"] = "StageConfig"
+    """kind of this file."""
+    task: Task
+    """task of the process."""
+    run_name: str
+    """runName of the run it belongs to."""
+    attempt: Annotated[int, Field(ge=1)]
+    """attempt at this task, from 1. It is the fencing token too: only the holder of the newest may
+    publish."""
+    run_directory: str
+    """runDirectory on the volume."""
+    models_directory: str
+    """modelsDirectory that is shared between runs."""
+    manifest_directory: str
+    """manifestDirectory from which relative file:// sources count."""
+    model: ModelSpec
+    """model that the run starts from."""
+    dataset: DatasetSpec
+    """dataset that the run trains on."""
+    method: MethodSpec
+    """method says what trains."""
+    training: TrainingSpec
+    """training says how."""
+    evaluation: EvaluationSpec
+    """evaluation says what is measured."""
+    export: ExportSpec
+    """export says what is left."""
+    model_directory: str | None = None
+    """modelDirectory of the prepared base model; for every task but Prepare."""
+    model_digest: str | None = None
+    """modelDigest of the prepared base model, checked before use."""
+    data_digest: str | None = None
+    """dataDigest of the tokenised rows, checked before use."""
+    stage: PlannedStage | None = None
+    """stage to train; only for Train."""
+    chain: Annotated[list[ParentRef], Field(default_factory=list, max_length=128)]
+    """chain of the outputs of all earlier stages, oldest first; the last one is the parent."""
+    stages: Annotated[list[PlannedStage], Field(default_factory=list, max_length=128)]
+    """stages of the whole plan; for Export, which names them in the model card."""
+
+    @model_validator(mode="after")
+    def _has_what_its_task_needs(self) -> Self:
+        missing = []
+        if self.task is not Task.PREPARE:
+            needed = {
+                "modelDirectory": self.model_directory,
+                "modelDigest": self.model_digest,
+                "dataDigest": self.data_digest,
+            }
+            missing = [name for name, value in needed.items() if value is None]
+        if self.task is Task.TRAIN and self.stage is None:
+            missing.append("stage")
+        if self.task in (Task.EXPORT, Task.EVALUATE) and not self.chain:
+            missing.append("chain")
+        if missing:
+            raise ValueError(f"a {self.task} task needs {', '.join(missing)}")
+        return self

@@ -1,0 +1,209 @@
+"""Status: what a run says about itself, the same on a cluster and on one machine."""
+
+from collections.abc import Sequence
+from enum import StrEnum
+from typing import Annotated
+
+from pydantic import Field
+
+from stagetune_api.base import ApiModel
+from stagetune_api.report import CheckpointRef, EvaluationResult, Failure
+from stagetune_api.spec import LayerRange
+from stagetune_api.stage import StageEstimate
+
+
+class ConditionType(StrEnum):
+    """Conditions of a run. The first six follow kstatus and Kubernetes' own habits."""
+
+    READY = "Ready"
+    SUCCEEDED = "Succeeded"
+    RECONCILING = "Reconciling"
+    STALLED = "Stalled"
+    SUSPENDED = "Suspended"
+    FINISHED = "Finished"
+    VALIDATED = "Validated"
+    PREPARED = "Prepared"
+    PLANNED = "Planned"
+    TRAINED = "Trained"
+    EVALUATED = "Evaluated"
+    EXPORTED = "Exported"
+
+
+class ConditionStatus(StrEnum):
+    """Status of a condition."""
+
+    TRUE = "True"
+    FALSE = "False"
+    UNKNOWN = "Unknown"
+
+
+class ConditionReason(StrEnum):
+    """Reasons of conditions, and of the events that go with them."""
+
+    VALID = "Valid"
+    INVALID_SPEC = "InvalidSpec"
+    PREPARING = "Preparing"
+    PREPARED = "Prepared"
+    PREPARE_FAILED = "PrepareFailed"
+    PLANNED = "Planned"
+    DOES_NOT_FIT = "DoesNotFit"
+    TRAINING = "Training"
+    TRAINED = "Trained"
+    STAGE_FAILED = "StageFailed"
+    EXPORTING = "Exporting"
+    EXPORTED = "Exported"
+    EXPORT_FAILED = "ExportFailed"
+    EVALUATING = "Evaluating"
+    EVALUATED = "Evaluated"
+    EVALUATION_FAILED = "EvaluationFailed"
+    INTERRUPTED = "Interrupted"
+    SUSPENDED = "Suspended"
+    NOT_SUSPENDED = "NotSuspended"
+    COMPLETED = "Completed"
+
+
+class RunState(StrEnum):
+    """The run in one word, for the State column."""
+
+    PENDING = "Pending"
+    PREPARING = "Preparing"
+    TRAINING = "Training"
+    EXPORTING = "Exporting"
+    EVALUATING = "Evaluating"
+    SUSPENDED = "Suspended"
+    INTERRUPTED = "Interrupted"
+    SUCCEEDED = "Succeeded"
+    FAILED = "Failed"
+
+
+class StageState(StrEnum):
+    """A stage in one word."""
+
+    PENDING = "Pending"
+    RUNNING = "Running"
+    SUCCEEDED = "Succeeded"
+    INTERRUPTED = "Interrupted"
+    FAILED = "Failed"
+
+
+class Condition(ApiModel):
+    """A condition as in metav1.Condition."""
+
+    type: ConditionType
+    """type of the condition."""
+    status: ConditionStatus
+    """status of the condition."""
+    reason: ConditionReason
+    """reason in one CamelCase word."""
+    message: Annotated[str, Field(max_length=4096)] = ""
+    """message for people."""
+    last_transition_time: Annotated[str, Field(json_schema_extra={"format": "date-time"})]
+    """lastTransitionTime at which `status` last changed."""
+    observed_generation: Annotated[int, Field(ge=0)] = 0
+    """observedGeneration of the spec that this condition speaks of."""
+
+
+class StageMeasurements(ApiModel):
+    """What a stage really took."""
+
+    seconds: float
+    """seconds of its processes, imports and loading included."""
+    peak_memory_bytes: int
+    """peakMemoryBytes: of the GPU where there is one, else of the process."""
+    tokens_per_second: float
+    """tokensPerSecond in training steps."""
+
+
+class StageStatus(ApiModel):
+    """One stage as it stands."""
+
+    name: Annotated[str, Field(max_length=64)]
+    """name of the stage."""
+    layers: LayerRange
+    """layers that it opens."""
+    state: StageState = StageState.PENDING
+    """state of the stage in one word."""
+    attempts: int = 0
+    """attempts that were started."""
+    step: int = 0
+    """step of the optimizer that is done."""
+    total_steps: int = 0
+    """totalSteps of the plan."""
+    loss: float | None = None
+    """loss of the last reported step."""
+    validation_loss: float | None = None
+    """validationLoss, last computed; once the stage is done, that of what it handed on."""
+    tokens_per_second: float | None = None
+    """tokensPerSecond, last reported."""
+    eta_seconds: int | None = None
+    """etaSeconds until the stage's last step."""
+    checkpoint: CheckpointRef | None = None
+    """checkpoint last published; once the stage is done, its output."""
+    estimate: StageEstimate | None = None
+    """estimate of the plan."""
+    measured: StageMeasurements | None = None
+    """measured values, once the stage is done."""
+    last_failure: Failure | None = None
+    """lastFailure of the stage."""
+
+
+class StagedFineTuneStatus(ApiModel):
+    """The run as it stands."""
+
+    observed_generation: int = 0
+    """observedGeneration of the spec that this status speaks of."""
+    state: RunState = RunState.PENDING
+    """state of the run in one word."""
+    stage: Annotated[str, Field(max_length=128)] = ""
+    """stage that runs, as `2/7 layers-4-7`."""
+    progress: Annotated[str, Field(max_length=16)] = ""
+    """progress over all planned steps, as `43%`."""
+    loss: Annotated[str, Field(max_length=32)] = ""
+    """loss last reported, for the column."""
+    eta: Annotated[str, Field(max_length=32)] = ""
+    """eta of the running stage, for the column."""
+    plan_digest: Annotated[str, Field(max_length=128)] = ""
+    """planDigest of the plan that the stages follow."""
+    model_digest: Annotated[str, Field(max_length=128)] = ""
+    """modelDigest of the prepared base model."""
+    data_digest: Annotated[str, Field(max_length=128)] = ""
+    """dataDigest of the tokenised rows."""
+    conditions: Annotated[list[Condition], Field(default_factory=list, max_length=16)]
+    """conditions of the run, one of each type."""
+    stages: Annotated[list[StageStatus], Field(default_factory=list, max_length=128)]
+    """stages in running order."""
+    evaluation: EvaluationResult | None = None
+    """evaluation of the base and the exported model."""
+    export: Annotated[str, Field(max_length=4096)] = ""
+    """export is the path of the exported folder."""
+    last_failure: Failure | None = None
+    """lastFailure of the run's preparation, export or evaluation."""
+
+
+def with_condition(
+    conditions: Sequence[Condition],
+    *,
+    type: ConditionType,
+    status: ConditionStatus,
+    reason: ConditionReason,
+    message: str = "",
+    now: str,
+    generation: int = 0,
+) -> list[Condition]:
+    """Return `conditions` with the one of `type` set; its transition time moves only with `status`.
+
+    `now` is an RFC 3339 time in UTC.
+    """
+    previous = next((item for item in conditions if item.type is type), None)
+    changed = previous is None or previous.status is not status
+    condition = Condition(
+        type=type,
+        status=status,
+        reason=reason,
+        message=message[:4096],
+        last_transition_time=now if previous is None or changed else previous.last_transition_time,
+        observed_generation=generation,
+    )
+    kept = [item for item in conditions if item.type is not type]
+    order = list(ConditionType)
+    return sorted([*kept, condition], key=lambda item: order.index(item.type))

@@ -1,0 +1,311 @@
+"""From a parsed YAML document to a manifest, or to everything that is wrong with it."""
+
+import copy
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+from pydantic import ValidationError
+from pydantic_core import ErrorDetails
+
+from stagetune_api.problems import Problem, ProblemReason, format_path
+from stagetune_api.spec import (
+    DataPartition,
+    ExplicitStageSpec,
+    ExportFormat,
+    MethodType,
+    OptimizerType,
+    Order,
+    PrefixCache,
+    StagedFineTune,
+    StagedFineTuneSpec,
+)
+
+
+def parse_manifest(document: Mapping[str, Any]) -> StagedFineTune | list[Problem]:
+    """Return the manifest, or every problem that it has; `status` of a live object is left out."""
+    body = {key: value for key, value in document.items() if key != "status"}
+    try:
+        manifest = StagedFineTune.model_validate(body)
+    except ValidationError as error:
+        problems = [_schema_problem(details) for details in error.errors()]
+        return [*problems, *_problems_beside(body, error.errors(), problems)]
+    return check_spec(manifest.spec) or manifest
+
+
+def _problems_beside(
+    body: Mapping[str, Any], errors: Sequence[ErrorDetails], known: Sequence[Problem]
+) -> list[Problem]:
+    """Return what is wrong apart from values of a wrong type, so that one round shows everything.
+
+    The refused values are taken out and the rest is checked. What that check says of the places
+    where something was taken out is left away: it may be true of the rest only.
+    """
+    rest = copy.deepcopy(dict(body))
+    for details in errors:
+        _remove(rest, details["loc"])
+    try:
+        manifest = StagedFineTune.model_validate(rest)
+    except ValidationError:
+        return []
+    touched = {problem.path.rpartition(".")[0] for problem in known}
+    return [
+        problem
+        for problem in check_spec(manifest.spec)
+        if problem.path not in touched and problem.path.rpartition(".")[0] not in touched
+    ]
+
+
+def _remove(value: Any, location: Sequence[str | int]) -> None:
+    """Take what stands at `location` out of `value`, a tree of dicts and lists."""
+    for part in location[:-1]:
+        if not isinstance(value, (dict, list)):
+            return
+        try:
+            value = value[part]  # type: ignore[index]  # the parts come from the tree itself
+        except (KeyError, IndexError, TypeError):
+            return
+    if isinstance(value, dict):
+        value.pop(location[-1], None)
+
+
+def check_spec(spec: StagedFineTuneSpec) -> list[Problem]:
+    """Return every problem that the models alone cannot see."""
+    rules: Sequence[Callable[[StagedFineTuneSpec], Iterator[Problem]]] = (
+        _check_sources,
+        _check_validation_rows,
+        _check_schedule,
+        _check_explicit_stages,
+        _check_method,
+        _check_training,
+        _check_export,
+        _check_not_yet_supported,
+    )
+    return [problem for rule in rules for problem in rule(spec)]
+
+
+def _schema_problem(details: ErrorDetails) -> Problem:
+    """Return pydantic's error in our words: the path, the value, and what is expected."""
+    path = format_path([part for part in details["loc"] if not _is_model_tag(part)])
+    match details["type"]:
+        case "extra_forbidden":
+            return Problem(
+                path=path,
+                reason=ProblemReason.UNKNOWN_FIELD,
+                message="there is no such field; check its spelling and its place",
+            )
+        case "missing":
+            return Problem(
+                path=path, reason=ProblemReason.REQUIRED, message="this field is required; add it"
+            )
+        case "string_pattern_mismatch" if path.endswith("source"):
+            message = (
+                f"{_shown(details['input'])} is not a source; write hf://org/name, "
+                "ms://org/name or file://path"
+            )
+            return Problem(path=path, reason=ProblemReason.INVALID, message=message)
+        case _:
+            expected = re.sub(r"^(Value error, |Input |String )", "", details["msg"])
+            message = f"{_shown(details['input'])} is refused: it {expected}"
+            return Problem(path=path, reason=ProblemReason.INVALID, message=message)
+
+
+def _is_model_tag(part: str | int) -> bool:
+    """Whether pydantic put `part` into a path to name a type rather than a place."""
+    return isinstance(part, str) and ("[" in part or "(" in part)
+
+
+def _shown(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 120 else text[:117] + "..."
+
+
+def _conflict(path: str, message: str) -> Problem:
+    return Problem(path=path, reason=ProblemReason.CONFLICT, message=message)
+
+
+def _check_sources(spec: StagedFineTuneSpec) -> Iterator[Problem]:
+    sources = {"spec.model.source": spec.model.source, "spec.dataset.source": spec.dataset.source}
+    if spec.dataset.validation.source is not None:
+        sources["spec.dataset.validation.source"] = spec.dataset.validation.source
+    if spec.evaluation.general_text is not None:
+        sources["spec.evaluation.generalText.source"] = spec.evaluation.general_text.source
+    for path, source in sources.items():
+        scheme = source.split("://", 1)[0]
+        if scheme in ("s3", "pvc"):
+            yield _not_yet(path, f"{scheme}:// sources", "use hf://, ms:// or file://")
+    revisions = (
+        ("spec.model", spec.model.source, spec.model.revision),
+        ("spec.dataset", spec.dataset.source, spec.dataset.revision),
+    )
+    for path, source, revision in revisions:
+        if revision is not None and source.startswith("file://"):
+            yield _conflict(
+                f"{path}.revision",
+                f"{revision!r} has no meaning for {source}: only hf:// and ms:// have revisions; "
+                "remove it",
+            )
+
+
+def _check_validation_rows(spec: StagedFineTuneSpec) -> Iterator[Problem]:
+    validation = spec.dataset.validation
+    if (validation.fraction is None) == (validation.source is None):
+        given = "neither is given" if validation.source is None else "both are given"
+        yield _conflict(
+            "spec.dataset.validation", f"exactly one of fraction and source is needed; {given}"
+        )
+
+
+def _check_schedule(spec: StagedFineTuneSpec) -> Iterator[Problem]:
+    if (spec.schedule is None) == (spec.stages is None):
+        given = "neither is given" if spec.stages is None else "both are given"
+        yield _conflict("spec.schedule", f"exactly one of schedule and stages is needed; {given}")
+    schedule = spec.schedule
+    if schedule is None:
+        return
+    if (schedule.layers_per_stage is None) == (schedule.stage_count is None):
+        given = "neither is given" if schedule.stage_count is None else "both are given"
+        yield _conflict(
+            "spec.schedule.layersPerStage",
+            f"exactly one of layersPerStage and stageCount is needed; {given}",
+        )
+    if (
+        schedule.data_partition is DataPartition.DISJOINT
+        and schedule.data_fraction is not None
+        and schedule.stage_count is not None
+        and schedule.data_fraction * schedule.stage_count > 1 + 1e-9
+    ):
+        yield _conflict(
+            "spec.schedule.dataFraction",
+            f"{schedule.data_fraction} of the rows for each of {schedule.stage_count} disjoint "
+            f"stages is more than there is; use at most {1 / schedule.stage_count:.4f} or "
+            "dataPartition: Shared",
+        )
+
+
+def _check_explicit_stages(spec: StagedFineTuneSpec) -> Iterator[Problem]:
+    seen: set[str] = set()
+    for index, stage in enumerate(spec.stages or []):
+        path = f"spec.stages[{index}]"
+        if stage.name in seen:
+            yield _conflict(f"{path}.name", f"{stage.name!r} is used twice; names must differ")
+        seen.add(stage.name)
+        yield from _check_explicit_stage(path, stage)
+        if stage.learning_rate is not None and spec.training.learning_rate_by_depth is not None:
+            yield _conflict(
+                f"{path}.learningRate",
+                "spec.training.learningRateByDepth already gives this stage a rate; keep one",
+            )
+
+
+def _check_explicit_stage(path: str, stage: ExplicitStageSpec) -> Iterator[Problem]:
+    layers = stage.layers
+    if layers.last < layers.first:
+        yield _conflict(
+            f"{path}.layers",
+            f"last ({layers.last}) is below first ({layers.first}); both ends belong to the range",
+        )
+    if stage.embeddings and layers.first != 0:
+        yield _conflict(
+            f"{path}.embeddings",
+            f"the embeddings train with layer 0, this stage begins at layer {layers.first}",
+        )
+
+
+def _check_method(spec: StagedFineTuneSpec) -> Iterator[Problem]:
+    method = spec.method
+    uses_lora = method.type in (MethodType.LORA, MethodType.QLORA)
+    if method.lora is not None and not uses_lora:
+        yield _conflict(
+            "spec.method.lora", f"method.type is {method.type}; set it to LoRA or remove lora"
+        )
+    if method.expand is not None and method.type is not MethodType.EXPAND:
+        yield _conflict(
+            "spec.method.expand", f"method.type is {method.type}; set it to Expand or remove expand"
+        )
+    if not uses_lora:
+        return
+    cure = "adapters stand only in decoder layers; use method.type: Full or leave it out"
+    if spec.schedule is not None and spec.schedule.head.value != "Never":
+        yield _conflict("spec.schedule.head", f"{spec.schedule.head} with {method.type}: {cure}")
+    if spec.schedule is not None and spec.schedule.embeddings.value != "Never":
+        yield _conflict(
+            "spec.schedule.embeddings", f"{spec.schedule.embeddings} with {method.type}: {cure}"
+        )
+    for index, stage in enumerate(spec.stages or []):
+        for field in ("head", "embeddings"):
+            if getattr(stage, field):
+                yield _conflict(f"spec.stages[{index}].{field}", f"true with {method.type}: {cure}")
+
+
+def _check_training(spec: StagedFineTuneSpec) -> Iterator[Problem]:
+    training = spec.training
+    own_rates = [stage.learning_rate is not None for stage in spec.stages or []]
+    by_stage = bool(own_rates) and all(own_rates)
+    given = [training.learning_rate is not None, training.learning_rate_by_depth is not None]
+    if all(given):
+        yield _conflict(
+            "spec.training.learningRate", "learningRateByDepth is given too; keep one of them"
+        )
+    if not any(given) and not by_stage:
+        yield Problem(
+            path="spec.training.learningRate",
+            reason=ProblemReason.REQUIRED,
+            message="give learningRate or learningRateByDepth; 2e-5 to 1e-4 is usual for Full and "
+            "1e-4 to 1e-3 for LoRA",
+        )
+    if training.batch_size % training.micro_batch_size:
+        yield _conflict(
+            "spec.training.microBatchSize",
+            f"{training.micro_batch_size} does not divide batchSize {training.batch_size}; "
+            "use a divisor",
+        )
+
+
+def _check_export(spec: StagedFineTuneSpec) -> Iterator[Problem]:
+    if spec.export.format is ExportFormat.ADAPTER and spec.method.type is not MethodType.LORA:
+        yield _conflict(
+            "spec.export.format",
+            f"Adapter needs method.type LoRA, this is {spec.method.type}; use Merged",
+        )
+
+
+def _not_yet(path: str, what: str, cure: str) -> Problem:
+    return Problem(
+        path=path,
+        reason=ProblemReason.NOT_YET_SUPPORTED,
+        message=f"{what} are not yet supported in this version; {cure}",
+    )
+
+
+def _check_not_yet_supported(spec: StagedFineTuneSpec) -> Iterator[Problem]:
+    """Refuse what the API already names and no program does yet: nothing is silently ignored."""
+    if spec.method.type in (MethodType.QLORA, MethodType.EXPAND):
+        yield _not_yet("spec.method.type", f"{spec.method.type} stages", "use Full or LoRA")
+    if spec.schedule is not None and spec.schedule.order is Order.GRADIENT_NORM:
+        yield _not_yet(
+            "spec.schedule.order", "schedules by GradientNorm", "use BottomUp or TopDown"
+        )
+    if spec.training.optimizer is OptimizerType.ADAMW_8BIT:
+        yield _not_yet("spec.training.optimizer", "8-bit optimizer states", "use AdamW")
+    if spec.training.prefix_cache is not PrefixCache.NEVER:
+        yield _not_yet("spec.training.prefixCache", "prefix caches", "use Never or leave it out")
+    sections = {
+        "protection": (spec.protection, "protection methods"),
+        "runtime": (spec.runtime, "cluster settings"),
+        "storage": (spec.storage, "cluster volumes"),
+        "serve": (spec.serve, "servers"),
+    }
+    for name, (section, what) in sections.items():
+        if section is not None:
+            yield _not_yet(f"spec.{name}", what, f"remove {name}")
+    if spec.model.secret_name is not None:
+        yield _not_yet(
+            "spec.model.secretName", "Secrets", "set HF_TOKEN or MODELSCOPE_API_TOKEN instead"
+        )
+    if spec.dataset.secret_name is not None:
+        yield _not_yet(
+            "spec.dataset.secretName", "Secrets", "set HF_TOKEN or MODELSCOPE_API_TOKEN instead"
+        )
+    if spec.suspend:
+        yield _not_yet("spec.suspend", "suspended runs", "set it to false; Ctrl-C saves and leaves")
