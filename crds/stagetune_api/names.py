@@ -26,7 +26,6 @@ PLAN_FILE = "plan.json"
 STAGE_CONFIG_FILE = "stage.json"
 METRICS_FILE = "metrics.jsonl"
 LOG_FILE = "log.txt"
-FENCE_FILE = "fence.json"
 LOCK_FILE = "lock"
 WEIGHTS_FILE = "model.safetensors"
 ADAPTER_WEIGHTS_FILE = "adapter_model.safetensors"
@@ -71,8 +70,11 @@ class RunLayout:
     def __init__(self, root: Path) -> None:
         self.root = root
         self.prepare = root / "prepare"
+        self.data = self.prepare / "data"
+        self.facts = self.prepare / FACTS_FILE
+        self.data_report = self.prepare / DATA_REPORT_FILE
         self.stages = root / "stages"
-        self.evaluation = root / "evaluation"
+        self.tasks = root / "tasks"
         self.export = root / "export"
         self.status = root / STATUS_FILE
         self.plan = root / PLAN_FILE
@@ -82,6 +84,10 @@ class RunLayout:
     def stage(self, directory: str) -> "StageLayout":
         """Return the layout of the stage in `stages/<directory>`, e.g. `01-layers-0-7`."""
         return StageLayout(self.stages / directory)
+
+    def task(self, name: str) -> "StageLayout":
+        """Return the layout of the records of a task that is no stage, e.g. `prepare`."""
+        return StageLayout(self.tasks / name)
 
 
 class StageLayout:
@@ -93,7 +99,7 @@ class StageLayout:
         self.output = root / "output"
         self.metrics = root / METRICS_FILE
         self.report = root / REPORT_FILE
-        self.fence = root / FENCE_FILE
+        self.fence = root / "fence"
         self.log = root / LOG_FILE
         self.config = root / STAGE_CONFIG_FILE
 

@@ -55,9 +55,9 @@ class Failure(ApiModel):
 class CheckpointRef(ApiModel):
     """A published checkpoint or stage output."""
 
-    path: str
+    path: Annotated[str, Field(max_length=4096)]
     """path of its folder."""
-    digest: str
+    digest: Annotated[str, Field(max_length=128)]
     """digest of its content."""
     step: Annotated[int, Field(ge=0)]
     """step of the optimizer at which it was taken."""
@@ -93,13 +93,13 @@ class TrainResult(ApiModel):
 class SampleAnswer(ApiModel):
     """One validation question with its answers."""
 
-    question: str
+    question: Annotated[str, Field(max_length=8192)]
     """question as the user turn holds it."""
-    reference: str
+    reference: Annotated[str, Field(max_length=8192)]
     """reference answer of the data."""
-    before: str
+    before: Annotated[str, Field(max_length=8192)]
     """before is the base model's greedy answer."""
-    after: str
+    after: Annotated[str, Field(max_length=8192)]
     """after is the tuned model's greedy answer."""
 
 
@@ -125,7 +125,7 @@ class EvaluationResult(ApiModel):
     """after is the exported model."""
     exact_match_rows: int
     """exactMatchRows that were answered."""
-    samples: list[SampleAnswer]
+    samples: Annotated[list[SampleAnswer], Field(max_length=20)]
     """samples of answers before and after."""
 
 

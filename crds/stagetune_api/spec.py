@@ -1,7 +1,7 @@
 """The manifest: what a user writes, field by field.
 
 The models hold types, ranges and sizes; rules that look at more than one field are in `validation`
-and, as CEL, in `schema`. Every list, string and map has a maximum so that the API server can bound
+and, as CEL, in `rules`. Every list, string and map has a maximum so that the API server can bound
 the cost of those rules.
 """
 

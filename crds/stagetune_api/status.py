@@ -97,7 +97,9 @@ class Condition(ApiModel):
     """reason in one CamelCase word."""
     message: Annotated[str, Field(max_length=4096)] = ""
     """message for people."""
-    last_transition_time: Annotated[str, Field(json_schema_extra={"format": "date-time"})]
+    last_transition_time: Annotated[
+        str, Field(max_length=64, json_schema_extra={"format": "date-time"})
+    ]
     """lastTransitionTime at which `status` last changed."""
     observed_generation: Annotated[int, Field(ge=0)] = 0
     """observedGeneration of the spec that this condition speaks of."""

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from pydantic import ValidationError
-from pydantic_core import ErrorDetails
+from pydantic_core import ErrorDetails, to_json
 
 from stagetune_api.problems import Problem, ProblemReason, format_path
 from stagetune_api.spec import (
@@ -26,11 +26,21 @@ def parse_manifest(document: Mapping[str, Any]) -> StagedFineTune | list[Problem
     """Return the manifest, or every problem that it has; `status` of a live object is left out."""
     body = {key: value for key, value in document.items() if key != "status"}
     try:
-        manifest = StagedFineTune.model_validate(body)
+        manifest = _parse_strictly(body)
     except ValidationError as error:
         problems = [_schema_problem(details) for details in error.errors()]
         return [*problems, *_problems_beside(body, error.errors(), problems)]
     return check_spec(manifest.spec) or manifest
+
+
+def _parse_strictly(body: Mapping[str, Any]) -> StagedFineTune:
+    """Return the manifest with the names and the types that the API server takes.
+
+    pydantic reads Python values leniently ("16" as a number, 1 as true) and has no way to be strict
+    about them and yet take an enum's value for the enum; about JSON it has.
+    """
+    text = to_json(body, inf_nan_mode="constants", fallback=str)
+    return StagedFineTune.model_validate_json(text, strict=True, by_name=False)
 
 
 def _problems_beside(
@@ -45,7 +55,7 @@ def _problems_beside(
     for details in errors:
         _remove(rest, details["loc"])
     try:
-        manifest = StagedFineTune.model_validate(rest)
+        manifest = _parse_strictly(rest)
     except ValidationError:
         return []
     touched = {problem.path.rpartition(".")[0] for problem in known}
@@ -263,10 +273,11 @@ def _check_training(spec: StagedFineTuneSpec) -> Iterator[Problem]:
 
 
 def _check_export(spec: StagedFineTuneSpec) -> Iterator[Problem]:
-    if spec.export.format is ExportFormat.ADAPTER and spec.method.type is not MethodType.LORA:
+    uses_lora = spec.method.type in (MethodType.LORA, MethodType.QLORA)
+    if spec.export.format is ExportFormat.ADAPTER and not uses_lora:
         yield _conflict(
             "spec.export.format",
-            f"Adapter needs method.type LoRA, this is {spec.method.type}; use Merged",
+            f"Adapter needs method.type LoRA or QLoRA, this is {spec.method.type}; use Merged",
         )
 
 
