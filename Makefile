@@ -7,15 +7,18 @@ PYTHON ?= python3
 UV := $(or $(shell command -v uv 2>/dev/null),$(CACHE)/uv-$(UV_VERSION)/bin/uv)
 RUN := $(UV) run --frozen --no-sync
 
-.PHONY: help setup quickstart test lint crds clean
+.PHONY: help setup quickstart test lint crds bench-flops clean
 
 help:  ## Show these commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/ \t/' | expand -t 16
 
 $(CACHE)/uv-$(UV_VERSION)/bin/uv:
 	@mkdir -p $(CACHE)
-	$(PYTHON) -m venv $(CACHE)/uv-$(UV_VERSION).tmp
-	$(CACHE)/uv-$(UV_VERSION).tmp/bin/pip install --quiet uv==$(UV_VERSION)
+	rm -rf $(CACHE)/uv-$(UV_VERSION).tmp
+	$(PYTHON) -m venv $(CACHE)/uv-$(UV_VERSION).tmp \
+	  && $(CACHE)/uv-$(UV_VERSION).tmp/bin/pip install --quiet uv==$(UV_VERSION) \
+	  || $(PYTHON) -m pip install --quiet --target $(CACHE)/uv-$(UV_VERSION).tmp uv==$(UV_VERSION) \
+	  || { echo "uv is missing and could not be installed: install uv, or python3-venv"; exit 1; }
 	rm -rf $(CACHE)/uv-$(UV_VERSION) && mv $(CACHE)/uv-$(UV_VERSION).tmp $(CACHE)/uv-$(UV_VERSION)
 
 setup: $(UV)  ## Make .venv from uv.lock
@@ -37,6 +40,9 @@ lint: setup  ## Formatting, lint, types, layers, generated files
 
 crds: setup  ## Write crds/*.yaml from the models
 	$(RUN) python -m stagetune_api.schema
+
+bench-flops: setup  ## Count the FLOPs of a stage's step relative to full fine-tuning
+	$(RUN) python benchmarks/stage_flops.py
 
 clean:  ## Remove the environment and the runs
 	rm -rf .venv runs examples/quickstart/inputs

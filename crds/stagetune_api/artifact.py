@@ -44,7 +44,9 @@ class ArtifactKind(StrEnum):
 class ArtifactFile(ApiModel):
     """One file of an artifact."""
 
-    path: Annotated[str, Field(min_length=1, max_length=512)]
+    path: Annotated[
+        str, StringConstraints(min_length=1, max_length=512, pattern=r"^[^/.][^/]*(/[^/.][^/]*)*$")
+    ]
     """path inside the folder, with forward slashes."""
     size: Annotated[int, Field(ge=0)]
     """size in bytes."""
@@ -138,6 +140,8 @@ def read_manifest(directory: Path) -> ArtifactManifest:
         manifest = ArtifactManifest.model_validate_json(path.read_bytes())
     except FileNotFoundError:
         raise ArtifactError(path, "is missing") from None
+    except OSError as error:
+        raise ArtifactError(path, f"cannot be read: {error.strerror}") from error
     except ValidationError:
         raise ArtifactError(path, "is damaged: it does not parse as a manifest") from None
     if manifest.digest != manifest.content.digest or manifest.checksum != _checksum(
@@ -167,17 +171,28 @@ def verify_artifact(
         )
     for file in manifest.content.files:
         _verify_file(directory / file.path, file)
+    _refuse_strangers(directory, manifest)
     return manifest
+
+
+def _refuse_strangers(directory: Path, manifest: ArtifactManifest) -> None:
+    """Raise for a file that the manifest does not name: libraries load some by their mere name."""
+    named = {names.MANIFEST_FILE, *(file.path for file in manifest.content.files)}
+    for path in sorted(directory.rglob("*")):
+        if not path.is_dir() and path.relative_to(directory).as_posix() not in named:
+            raise ArtifactError(path, "is not named in the manifest of its folder; remove it")
 
 
 def _verify_file(path: Path, file: ArtifactFile) -> None:
     try:
         size = path.stat().st_size
+        if size != file.size:
+            raise ArtifactError(path, f"has {size} bytes, its manifest says {file.size}")
+        found = digest_of_file(path)
     except FileNotFoundError:
         raise ArtifactError(path, "is missing") from None
-    if size != file.size:
-        raise ArtifactError(path, f"has {size} bytes, its manifest says {file.size}")
-    found = digest_of_file(path)
+    except OSError as error:
+        raise ArtifactError(path, f"cannot be read: {error.strerror}") from error
     if found != file.sha256:
         raise ArtifactError(
             path, f"is damaged: its sha256 is {found[:12]}, its manifest says {file.sha256[:12]}"

@@ -23,6 +23,7 @@ MANIFEST_FILE = "manifest.json"
 REPORT_FILE = "report.json"
 STATUS_FILE = "status.json"
 PLAN_FILE = "plan.json"
+RUN_MANIFEST_FILE = "run.json"
 STAGE_CONFIG_FILE = "stage.json"
 METRICS_FILE = "metrics.jsonl"
 LOG_FILE = "log.txt"
@@ -102,6 +103,13 @@ class StageLayout:
         self.fence = root / "fence"
         self.log = root / LOG_FILE
         self.config = root / STAGE_CONFIG_FILE
+
+
+def newest_attempt(fence: Path) -> int:
+    """Return the number of the newest attempt that claimed the folder `fence`; 0 before any did."""
+    if not fence.is_dir():
+        return 0
+    return max((int(path.name) for path in fence.iterdir() if path.name.isdigit()), default=0)
 
 
 def checkpoint_directory_name(step: int) -> str:

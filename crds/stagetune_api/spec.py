@@ -356,8 +356,8 @@ class TrainingSpec(ApiModel):
     learning_rate_by_depth: LearningRateByDepth | None = None
     """learningRateByDepth gives each stage a rate by where its layers stand in the decoder."""
     learning_rate_schedule: LearningRateSchedule = LearningRateSchedule.COSINE
-    """learningRateSchedule is how the rate moves after warm-up: Cosine falls to zero at the stage's
-    last step. Every stage begins anew."""
+    """learningRateSchedule is how the rate moves after warm-up: Cosine falls towards zero at the
+    stage's last step. Every stage begins anew."""
     warmup_ratio: Annotated[float, Field(ge=0, lt=1)] = 0.03
     """warmupRatio is the part of a stage's steps in which the rate rises from zero."""
     batch_size: Annotated[int, Field(ge=1, le=65536)] = 16

@@ -144,9 +144,9 @@ class StageConfig(ApiModel):
     """dataDigest of the tokenised rows, checked before use."""
     stage: PlannedStage | None = None
     """stage to train; only for Train."""
-    chain: Annotated[list[ParentRef], Field(default_factory=list, max_length=128)]
+    chain: Annotated[list[ParentRef], Field(max_length=128)] = Field(default_factory=list)
     """chain of the outputs of all earlier stages, oldest first; the last one is the parent."""
-    stages: Annotated[list[PlannedStage], Field(default_factory=list, max_length=128)]
+    stages: Annotated[list[PlannedStage], Field(max_length=128)] = Field(default_factory=list)
     """stages of the whole plan; for Export, which names them in the model card."""
 
     @model_validator(mode="after")

@@ -170,9 +170,9 @@ class StagedFineTuneStatus(ApiModel):
     """modelDigest of the prepared base model."""
     data_digest: Annotated[str, Field(max_length=128)] = ""
     """dataDigest of the tokenised rows."""
-    conditions: Annotated[list[Condition], Field(default_factory=list, max_length=16)]
+    conditions: Annotated[list[Condition], Field(max_length=16)] = Field(default_factory=list)
     """conditions of the run, one of each type."""
-    stages: Annotated[list[StageStatus], Field(default_factory=list, max_length=128)]
+    stages: Annotated[list[StageStatus], Field(max_length=128)] = Field(default_factory=list)
     """stages in running order."""
     evaluation: EvaluationResult | None = None
     """evaluation of the base and the exported model."""

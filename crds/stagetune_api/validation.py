@@ -58,7 +58,11 @@ def _problems_beside(
         manifest = _parse_strictly(rest)
     except ValidationError:
         return []
-    touched = {problem.path.rpartition(".")[0] for problem in known}
+    touched = {
+        problem.path.rpartition(".")[0]
+        for problem in known
+        if problem.reason is not ProblemReason.UNKNOWN_FIELD
+    }
     return [
         problem
         for problem in check_spec(manifest.spec)

@@ -1,0 +1,455 @@
+"""A run on this machine: the operator's story with processes in the place of pods.
+
+The steps are those of docs/architecture.md, "The story of one run": prepare, plan, one process per
+stage, evaluate, export. Everything that is done and still verifies is left alone, so the same
+command starts a run, goes on with it and shows it once it is finished.
+"""
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from stagetune.listeners import Listeners
+from stagetune.manifest_file import ManifestFile
+from stagetune.run_lock import locked
+from stagetune.run_report import write_run_report
+from stagetune.status_board import StatusBoard
+from stagetune.trainer_process import Interruption, log_tail, run_trainer
+from stagetune_api import names
+from stagetune_api.artifact import ArtifactError, ArtifactKind, digest_of_json, verify_artifact
+from stagetune_api.facts import Facts
+from stagetune_api.files import write_file_atomically
+from stagetune_api.names import RunLayout, StageLayout, TrainerExitCode
+from stagetune_api.problems import InvalidManifestError, Problem, ProblemReason
+from stagetune_api.progress import Progress
+from stagetune_api.report import Failure, FailureClass, Outcome, StageReport
+from stagetune_api.spec import StagedFineTune
+from stagetune_api.stage import ParentRef, PlannedStage, StageConfig, Task
+from stagetune_api.status import (
+    ConditionReason,
+    ConditionType,
+    RunState,
+    StageState,
+)
+from stagetune_operator.estimate import Machine
+from stagetune_operator.plan import Plan, make_plan
+
+_LOCK_WAIT_SECONDS = 60.0
+_Model = TypeVar("_Model", bound=BaseModel)
+
+
+class RunFailedError(Exception):
+    """A task of the run failed; the status says which and why."""
+
+    def __init__(self, where: str, failure: Failure) -> None:
+        self.where = where
+        self.failure = failure
+        super().__init__(f"{where}: {failure.message}")
+
+
+class RunInterruptedError(Exception):
+    """The run was asked to stop; says whether it could save before."""
+
+
+def run_locally(
+    file: ManifestFile,
+    run_directory: Path,
+    listeners: Listeners = Listeners(),  # noqa: B008 - frozen
+) -> Path:
+    """Bring the run in `run_directory` to its end and return the path of its report.
+
+    Raises InvalidManifestError with all problems before anything is trained, RunFailedError,
+    RunInterruptedError after saving, and RunIsBusyError where another process has the run.
+    """
+    layout = RunLayout(run_directory.resolve())
+    problems = changed_fields(file.manifest, layout)
+    if problems:
+        raise InvalidManifestError(problems)
+    interruption = Interruption()
+    with (
+        interruption.handled(),
+        locked(
+            layout.lock,
+            wait_seconds=_LOCK_WAIT_SECONDS,
+            on_wait=listeners.on_message,
+            gives_up=interruption.is_requested,
+        ) as descriptor,
+    ):
+        return _Run(file, layout, listeners, interruption, descriptor).to_its_end()
+
+
+def changed_fields(manifest: StagedFineTune, layout: RunLayout) -> list[Problem]:
+    """Return a problem for each field that differs from the run that is prepared in `layout`.
+
+    A run is one manifest: what is trained already was trained as it said then.
+    """
+    path = layout.root / names.RUN_MANIFEST_FILE
+    if not path.exists() or not layout.plan.exists():
+        return []
+    before = _comparable(_read(StagedFineTune, path, "the manifest that the run was planned with"))
+    now = _comparable(manifest)
+    return [
+        Problem(
+            path=f"spec.{field}",
+            reason=ProblemReason.CONFLICT,
+            message=f"is {after!r}, and was {earlier!r} when the run in {layout.root} was planned; "
+            "put it back, or give the run another metadata.name",
+        )
+        for field, earlier, after in _differences(before, now)
+    ]
+
+
+def _comparable(manifest: StagedFineTune) -> dict[str, object]:
+    """Return the spec without what may change at any time because it changes no result."""
+    return manifest.spec.model_dump(
+        mode="json", exclude={"training": {"checkpoint_interval_seconds"}}
+    )
+
+
+def _read(model: type[_Model], path: Path, what: str) -> _Model:
+    """Return the file at `path` as `model`; a damaged one is a problem that names it."""
+    try:
+        return model.model_validate_json(path.read_bytes())
+    except (ValidationError, OSError) as error:
+        raise InvalidManifestError(
+            [
+                Problem(
+                    path=str(path),
+                    reason=ProblemReason.INVALID,
+                    message=f"{what} cannot be read ({type(error).__name__}); move the run's "
+                    "folder aside, or give the run another metadata.name",
+                )
+            ]
+        ) from None
+
+
+def _differences(before: object, now: object, path: str = "") -> list[tuple[str, object, object]]:
+    """Return (path, before, now) of every leaf that differs."""
+    if before == now:
+        return []
+    if isinstance(before, dict) and isinstance(now, dict):
+        keys = [*before, *(key for key in now if key not in before)]
+        return [
+            difference
+            for key in keys
+            for difference in _differences(
+                before.get(key), now.get(key), f"{path}.{key}" if path else key
+            )
+        ]
+    return [(path, before, now)]
+
+
+class _Run:
+    """One pass over a run: what is missing is done, in order."""
+
+    def __init__(
+        self,
+        file: ManifestFile,
+        layout: RunLayout,
+        listeners: Listeners,
+        interruption: Interruption,
+        lock_descriptor: int,
+    ) -> None:
+        self._file = file
+        self._spec = file.manifest.spec
+        self._layout = layout
+        self._listeners = listeners
+        self._interruption = interruption
+        self._lock_descriptor = lock_descriptor
+        self._board = StatusBoard(layout.status, on_change=listeners.on_status)
+
+    def to_its_end(self) -> Path:
+        """Do what is missing and return the path of the run's report."""
+        text = self._file.manifest.model_dump_json(indent=2, exclude_none=True)
+        write_file_atomically(self._layout.root / names.RUN_MANIFEST_FILE, text)
+        self._board.passed(ConditionType.VALIDATED, ConditionReason.VALID)
+        facts, machine = self._prepare()
+        plan = self._plan(facts, machine)
+        chain = self._train(plan, facts)
+        self._evaluate(plan, facts, chain)
+        export = self._export(plan, facts, chain)
+        report = write_run_report(self._layout, self._file.manifest, plan)
+        self._board.succeeded(export)
+        return report
+
+    def _prepare(self) -> tuple[Facts, Machine]:
+        """Fetch and tokenise, unless that is done with the same input and still verifies."""
+        layout = self._layout.task("prepare")
+        config = self._config(Task.PREPARE, layout)
+        report = self._finished(layout, config)
+        facts = report.facts if report else None
+        if facts is None or not self._is_sound(facts):
+            self._board.enter(RunState.PREPARING, ConditionReason.PREPARING)
+            report = self._run_task(config, layout, ConditionReason.PREPARE_FAILED)
+            facts = report.facts
+        if facts is None or report is None:
+            raise RuntimeError("prepare succeeded without facts")
+        self._board.passed(
+            ConditionType.PREPARED,
+            ConditionReason.PREPARED,
+            f"{facts.data.train_rows} training and {facts.data.validation_rows} validation rows",
+        )
+        return facts, _machine(report)
+
+    def _is_sound(self, facts: Facts) -> bool:
+        """Whether what prepare left is still there to the last bit."""
+        try:
+            verify_artifact(
+                Path(facts.model_directory),
+                digest=facts.model.digest,
+                kind=ArtifactKind.BASE_MODEL,
+            )
+            verify_artifact(self._layout.data, digest=facts.data.digest, kind=ArtifactKind.DATASET)
+        except ArtifactError as error:
+            self._listeners.on_message(f"preparing again: {error}")
+            return False
+        return True
+
+    def _plan(self, facts: Facts, machine: Machine) -> Plan:
+        """Return the run's plan: the one it was started with, or a new one."""
+        plan: Plan | None
+        if self._layout.plan.exists():
+            # A later version may plan differently; a run that has begun keeps its plan.
+            plan = _read(Plan, self._layout.plan, "the plan of the run")
+            problems = _changed_inputs(plan, facts)
+        else:
+            result = make_plan(self._spec, facts, machine)
+            plan, problems = (None, result) if isinstance(result, list) else (result, [])
+        if plan is None or problems:
+            self._board.refused(problems)
+            raise InvalidManifestError(problems)
+        write_file_atomically(self._layout.plan, plan.model_dump_json(indent=2))
+        self._board.planned(
+            plan.stages,
+            plan_digest=plan.digest,
+            model_digest=facts.model.digest or "",
+            data_digest=facts.data.digest or "",
+        )
+        return plan
+
+    def _train(self, plan: Plan, facts: Facts) -> list[ParentRef]:
+        """Train every stage that is not done, and return the chain of their outputs."""
+        chain: list[ParentRef] = []
+        for stage in plan.stages:
+            layout = self._layout.stage(stage.directory)
+            config = self._config(Task.TRAIN, layout, facts, stage=stage, chain=chain)
+            report = self._finished(layout, config)
+            if report is None or not self._output_is_sound(stage, report):
+                report = self._train_stage(stage, config, layout)
+            if report.output is None:
+                raise RuntimeError(f"{stage.name} succeeded without an output")
+            self._board.stage_done(stage.index, report)
+            # By the layout and not by the report, so that a run's folder can be moved.
+            chain.append(ParentRef(path=str(layout.output), digest=report.output.digest))
+        self._board.passed(ConditionType.TRAINED, ConditionReason.TRAINED)
+        return chain
+
+    def _train_stage(
+        self, stage: PlannedStage, config: StageConfig, layout: StageLayout
+    ) -> StageReport:
+        self._board.enter(RunState.TRAINING, ConditionReason.TRAINING)
+        self._board.stage_started(stage.index, config.attempt)
+        try:
+            return self._run_task(
+                config,
+                layout,
+                ConditionReason.STAGE_FAILED,
+                on_progress=lambda progress: self._board.stage_progressed(stage.index, progress),
+            )
+        except RunInterruptedError:
+            self._board.stage_ended(stage.index, StageState.INTERRUPTED, None)
+            raise
+        except RunFailedError as error:
+            self._board.stage_ended(stage.index, StageState.FAILED, error.failure)
+            raise
+
+    def _output_is_sound(self, stage: PlannedStage, report: StageReport) -> bool:
+        """Whether a finished stage's output is still there to the last bit."""
+        if report.output is None:
+            return False
+        try:
+            verify_artifact(
+                self._layout.stage(stage.directory).output,
+                digest=report.output.digest,
+                kind=ArtifactKind.STAGE_OUTPUT,
+            )
+        except ArtifactError as error:
+            self._listeners.on_message(
+                f"{stage.name} is trained again from its last good checkpoint: {error}"
+            )
+            self._board.stage_reset(stage.index)
+            return False
+        return True
+
+    def _evaluate(self, plan: Plan, facts: Facts, chain: list[ParentRef]) -> None:
+        layout = self._layout.task("evaluate")
+        config = self._config(Task.EVALUATE, layout, facts, chain=chain, stages=plan.stages)
+        report = self._finished(layout, config)
+        if report is None:
+            self._board.enter(RunState.EVALUATING, ConditionReason.EVALUATING)
+            report = self._run_task(config, layout, ConditionReason.EVALUATION_FAILED)
+        if report.evaluation is None:
+            raise RuntimeError("the evaluation succeeded without a result")
+        self._board.evaluated(report.evaluation)
+
+    def _export(self, plan: Plan, facts: Facts, chain: list[ParentRef]) -> str:
+        layout = self._layout.task("export")
+        config = self._config(Task.EXPORT, layout, facts, chain=chain, stages=plan.stages)
+        report = self._finished(layout, config)
+        if report is None or not self._export_is_sound(report):
+            self._board.enter(RunState.EXPORTING, ConditionReason.EXPORTING)
+            report = self._run_task(config, layout, ConditionReason.EXPORT_FAILED)
+        self._board.passed(ConditionType.EXPORTED, ConditionReason.EXPORTED)
+        return str(self._layout.export)
+
+    def _export_is_sound(self, report: StageReport) -> bool:
+        if report.output is None:
+            return False
+        try:
+            verify_artifact(
+                self._layout.export, digest=report.output.digest, kind=ArtifactKind.EXPORT
+            )
+        except ArtifactError as error:
+            self._listeners.on_message(f"exporting again: {error}")
+            return False
+        return True
+
+    def _config(
+        self,
+        task: Task,
+        layout: StageLayout,
+        facts: Facts | None = None,
+        *,
+        stage: PlannedStage | None = None,
+        chain: list[ParentRef] | None = None,
+        stages: list[PlannedStage] | None = None,
+    ) -> StageConfig:
+        """Return the file that a trainer is given for `task`."""
+        return StageConfig(
+            task=task,
+            run_name=self._file.manifest.metadata.name,
+            attempt=names.newest_attempt(layout.fence) + 1,
+            run_directory=str(self._layout.root),
+            models_directory=str(self._layout.root.parent / "_models"),
+            manifest_directory=str(self._file.directory),
+            model=self._spec.model,
+            dataset=self._spec.dataset,
+            method=self._spec.method,
+            training=self._spec.training,
+            evaluation=self._spec.evaluation,
+            export=self._spec.export,
+            model_directory=facts.model_directory if facts else None,
+            model_digest=facts.model.digest if facts else None,
+            data_digest=facts.data.digest if facts else None,
+            stage=stage,
+            chain=list(chain or []),
+            stages=list(stages or []),
+        )
+
+    def _finished(self, layout: StageLayout, config: StageConfig) -> StageReport | None:
+        """Return the report of `config`'s task if it has been done with the same input."""
+        try:
+            report = StageReport.model_validate_json(layout.report.read_bytes())
+            earlier = StageConfig.model_validate_json(layout.config.read_bytes())
+        except (OSError, ValidationError):
+            return None
+        same = _input_digest(earlier) == _input_digest(config)
+        return report if same and report.outcome is Outcome.SUCCEEDED else None
+
+    def _run_task(
+        self,
+        config: StageConfig,
+        layout: StageLayout,
+        reason: ConditionReason,
+        on_progress: Callable[[Progress], None] = lambda progress: None,
+    ) -> StageReport:
+        """Run a trainer process and return its report; raise if it did not succeed."""
+        if self._interruption.is_requested():
+            self._board.interrupted()
+            raise RunInterruptedError("nothing was at work")
+        layout.report.unlink(missing_ok=True)
+
+        def tell(progress: Progress) -> None:
+            on_progress(progress)
+            self._listeners.on_progress(progress)
+
+        code = run_trainer(
+            config,
+            layout,
+            on_progress=tell,
+            interruption=self._interruption,
+            lock_descriptor=self._lock_descriptor,
+        )
+        report = _read_report(layout)
+        if code == TrainerExitCode.SUCCEEDED and report is not None:
+            return report
+        if code == TrainerExitCode.INTERRUPTED or (code < 0 and self._interruption.is_requested()):
+            self._board.interrupted()
+            saved = code > 0 and config.task is Task.TRAIN
+            raise RunInterruptedError("saved" if saved else "ended without saving")
+        failure = report.failure if report and report.failure else _died(code, layout)
+        self._board.failed(reason, failure)
+        raise RunFailedError(config.stage.name if config.stage else config.task.value, failure)
+
+
+def _changed_inputs(plan: Plan, facts: Facts) -> list[Problem]:
+    """Return a problem for model and data that are not those the plan was made for."""
+    now = {"model": facts.model.digest, "dataset": facts.data.digest}
+    planned = {"model": plan.model_digest, "dataset": plan.data_digest}
+    return [
+        Problem(
+            path=f"spec.{name}.source",
+            reason=ProblemReason.CONFLICT,
+            message="holds something else than when the run was planned; put it back, or give the "
+            "run another metadata.name",
+        )
+        for name in now
+        if now[name] != planned[name]
+    ]
+
+
+def _machine(prepare: StageReport) -> Machine:
+    """Return what the plan has to fit into: the GPU that prepare saw, or this machine's memory."""
+    if prepare.device == "cuda":
+        return Machine(is_gpu=True)
+    memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return Machine(is_gpu=False, memory_bytes=memory_bytes)
+
+
+def _input_digest(config: StageConfig) -> str:
+    """Return the digest of all in a stage file that decides its result.
+
+    Where things lie and how often to save does not; digests say what the folders hold.
+    """
+    places = {"run_directory", "models_directory", "manifest_directory", "model_directory"}
+    if config.task is Task.PREPARE:
+        # Relative sources count from there, and prepare is the one to read them.
+        places.remove("manifest_directory")
+    data = config.model_dump(mode="json", exclude={"attempt", "chain", *places})
+    del data["training"]["checkpointIntervalSeconds"]
+    return digest_of_json({**data, "chain": [parent.digest for parent in config.chain]})
+
+
+def _read_report(layout: StageLayout) -> StageReport | None:
+    try:
+        return StageReport.model_validate_json(layout.report.read_bytes())
+    except (OSError, ValidationError):
+        return None
+
+
+def _died(code: int, layout: StageLayout) -> Failure:
+    """Return the failure of a process that left no report."""
+    how = f"was ended by signal {-code}" if code < 0 else f"exited with code {code}"
+    if code == -signal.SIGKILL:
+        how += " (by the kernel, if the machine ran out of memory)"
+    return Failure(
+        failure_class=FailureClass.INTERNAL if code >= 0 else FailureClass.DISRUPTED,
+        exit_code=code,
+        message=f"the trainer {how} without a report; the same command goes on from the last "
+        f"checkpoint (log: {layout.log})",
+        log_tail=log_tail(layout),
+    )

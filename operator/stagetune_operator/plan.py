@@ -1,0 +1,190 @@
+"""From a valid spec and the facts about model and data to the ordered stages, or to what is wrong.
+
+Validation has looked at the manifest alone; here it meets the model and the data. `schedule` cuts
+the stages, `plan_checks` says what does not agree, `estimate` adds what each stage needs; the
+runner turns every stage of the plan into a StageConfig.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Annotated
+
+from pydantic import Field
+
+from stagetune_api.artifact import digest_of_json
+from stagetune_api.base import ApiModel
+from stagetune_api.facts import Facts
+from stagetune_api.problems import Problem
+from stagetune_api.spec import MethodType, StagedFineTuneSpec, TrainingSpec
+from stagetune_api.stage import PlannedStage, RowRange, StageEstimate
+from stagetune_api.validation import check_spec
+from stagetune_operator.estimate import (
+    CLUSTER_GPU,
+    Machine,
+    StageScope,
+    estimate_full_fine_tuning,
+    estimate_stage,
+)
+from stagetune_operator.plan_checks import MAX_STAGES, find_memory_problems, find_problems
+from stagetune_operator.schedule import Draft, deal_rows, draft_stages, learning_rates
+
+Count = Annotated[int, Field(ge=0)]
+
+
+class PlanSummary(ApiModel):
+    """What the stages add up to, beside full fine-tuning of the same model on the same rows."""
+
+    parameters: Count
+    """parameters of the model."""
+    num_layers: Count
+    """numLayers of the decoder."""
+    train_rows: Count
+    """trainRows of the data."""
+    validation_rows: Count
+    """validationRows of the data."""
+    train_tokens: Count
+    """trainTokens of the data."""
+    max_row_tokens: Count
+    """maxRowTokens, for which the memory is estimated."""
+    total_steps: Count
+    """totalSteps of all stages."""
+    total_flops: Count
+    """totalFlops of all stages: the sum of steps times stepFlops."""
+    relative_total_flops: Annotated[float, Field(ge=0)]
+    """relativeTotalFlops is totalFlops over that of one pass of full fine-tuning over all rows."""
+    peak_memory_bytes: Count
+    """peakMemoryBytes of the stage that needs most."""
+    disk_bytes: Count
+    """diskBytes of all stages together, with nothing pruned between them."""
+    full_fine_tuning: StageEstimate
+    """fullFineTuning is what tuning every weight at once would need, step by step."""
+
+
+class Plan(ApiModel):
+    """The ordered stages of a run, every number resolved."""
+
+    digest: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+    """digest over all that decides the result: the spec's model, data, method and training, the
+    digests of what was prepared, and the stages. Estimates are left out, so that a better formula
+    in a later version is not a new plan."""
+    model_digest: str | None = None
+    """modelDigest of the prepared base model; absent in a plan made from assumptions."""
+    data_digest: str | None = None
+    """dataDigest of the tokenised rows; absent in a plan made from assumptions."""
+    stages: Annotated[list[PlannedStage], Field(min_length=1, max_length=MAX_STAGES)]
+    """stages in running order."""
+    summary: PlanSummary
+    """summary of the stages."""
+
+
+def make_plan(
+    spec: StagedFineTuneSpec, facts: Facts, machine: Machine = CLUSTER_GPU
+) -> Plan | list[Problem]:
+    """Return the plan, or every problem that keeps it from being made.
+
+    Equal arguments give equal plans, to the digest. `machine` decides what precision Auto means
+    and, where its memory is known, whether the stages fit.
+    """
+    problems = check_spec(spec)
+    if problems:
+        return problems
+    drafts = draft_stages(spec, facts.model.num_layers)
+    problems = find_problems(spec, facts, drafts)
+    if problems:
+        return problems
+    stages = _planned_stages(spec, facts, machine, drafts)
+    problems = find_memory_problems(spec, machine, stages)
+    if problems:
+        return problems
+    full = estimate_full_fine_tuning(facts, spec.training, machine)
+    return Plan(
+        digest=_digest(spec, facts, stages),
+        model_digest=facts.model.digest,
+        data_digest=facts.data.digest,
+        stages=stages,
+        summary=_summary(facts, spec.training, stages, full),
+    )
+
+
+def _planned_stages(
+    spec: StagedFineTuneSpec, facts: Facts, machine: Machine, drafts: Sequence[Draft]
+) -> list[PlannedStage]:
+    rates = learning_rates(spec.training, drafts)
+    rows = deal_rows(spec, drafts, facts.data.train_rows)
+    opened: frozenset[int] = frozenset()
+    stages = []
+    for index, draft in enumerate(drafts):
+        layers = frozenset(range(draft.layers.first, draft.layers.last + 1))
+        # A stage that opens a layer again goes on with the adapter which that layer has.
+        adapted = opened - layers if spec.method.type is MethodType.LORA else frozenset()
+        scope = StageScope(draft.layers, draft.embeddings, draft.head, adapted)
+        start, end = rows[index]
+        steps, warmup_steps, interval = _steps(draft, end - start, spec.training)
+        stages.append(
+            PlannedStage(
+                index=index,
+                name=draft.name,
+                layers=draft.layers,
+                embeddings=draft.embeddings,
+                head=draft.head,
+                learning_rate=rates[index],
+                epochs=draft.epochs,
+                rows=RowRange(start=start, end=end),
+                steps=steps,
+                warmup_steps=warmup_steps,
+                validation_interval=interval,
+                estimate=estimate_stage(facts, spec.method, spec.training, scope, machine),
+            )
+        )
+        opened |= layers
+    return stages
+
+
+def _steps(draft: Draft, rows: int, training: TrainingSpec) -> tuple[int, int, int]:
+    """Return the stage's steps, its warm-up steps and the steps from one validation to the next.
+
+    The last batch of an epoch may be smaller than the others; an interval is never longer than the
+    stage.
+    """
+    steps_per_epoch = math.ceil(rows / training.batch_size)
+    # Rounded first: 2.2 * 25 is 55.00000000000001 in binary and means 55 steps.
+    steps = max(1, math.ceil(round(draft.epochs * steps_per_epoch, 6)))
+    warmup_steps = min(round(training.warmup_ratio * steps), steps - 1)
+    interval = math.ceil(steps_per_epoch / training.validations_per_epoch)
+    return steps, warmup_steps, min(interval, steps)
+
+
+def _digest(spec: StagedFineTuneSpec, facts: Facts, stages: Sequence[PlannedStage]) -> str:
+    body = {
+        "model": spec.model.model_dump(mode="json", exclude={"secret_name"}),
+        "dataset": spec.dataset.model_dump(mode="json", exclude={"secret_name"}),
+        "method": spec.method.model_dump(mode="json"),
+        # How often to save changes no bit of the result.
+        "training": spec.training.model_dump(mode="json", exclude={"checkpoint_interval_seconds"}),
+        "modelDigest": facts.model.digest,
+        "dataDigest": facts.data.digest,
+        "stages": [stage.model_dump(mode="json", exclude={"estimate"}) for stage in stages],
+    }
+    return digest_of_json(body)
+
+
+def _summary(
+    facts: Facts, training: TrainingSpec, stages: Sequence[PlannedStage], full: StageEstimate
+) -> PlanSummary:
+    data = facts.data
+    total_flops = sum(stage.steps * stage.estimate.step_flops for stage in stages)
+    full_flops = math.ceil(data.train_rows / training.batch_size) * full.step_flops
+    return PlanSummary(
+        parameters=facts.model.parameters,
+        num_layers=facts.model.num_layers,
+        train_rows=data.train_rows,
+        validation_rows=data.validation_rows,
+        train_tokens=data.train_tokens,
+        max_row_tokens=data.max_row_tokens,
+        total_steps=sum(stage.steps for stage in stages),
+        total_flops=total_flops,
+        relative_total_flops=round(total_flops / full_flops, 6),
+        peak_memory_bytes=max(stage.estimate.memory_bytes for stage in stages),
+        disk_bytes=sum(stage.estimate.disk_bytes for stage in stages),
+        full_fine_tuning=full,
+    )

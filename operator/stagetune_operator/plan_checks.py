@@ -1,0 +1,214 @@
+"""What keeps a valid spec from being planned for this model, this data and this device.
+
+Each function gives all the problems of its kind; `plan` shows them together.
+"""
+
+from collections.abc import Iterator, Sequence
+
+from stagetune_api.facts import DataFacts, Facts, ModelFacts
+from stagetune_api.problems import Problem, ProblemReason
+from stagetune_api.spec import (
+    DataPartition,
+    GradientCheckpointing,
+    MethodType,
+    StagedFineTuneSpec,
+)
+from stagetune_api.stage import PlannedStage
+from stagetune_operator.estimate import DEVICE_CONTEXT_BYTES, Machine, is_target
+from stagetune_operator.schedule import Draft, deal_rows
+
+MAX_STAGES = 128
+_GIB = 2**30
+
+
+def find_problems(spec: StagedFineTuneSpec, facts: Facts, drafts: Sequence[Draft]) -> list[Problem]:
+    """Return everything about `spec` that does not agree with the facts."""
+    return [
+        *_layer_problems(spec, facts.model),
+        *_head_problems(facts.model, drafts),
+        *_target_problems(spec, facts.model),
+        *_data_problems(facts.data),
+        *_partition_problems(spec, drafts),
+        *_share_problems(spec, drafts, facts.data.train_rows),
+    ]
+
+
+def _problem(path: str, reason: ProblemReason, message: str) -> Problem:
+    return Problem(path=path, reason=reason, message=message)
+
+
+def _layer_problems(spec: StagedFineTuneSpec, model: ModelFacts) -> Iterator[Problem]:
+    layers = model.num_layers
+    there = f"the model has {layers} layers"
+    for index, stage in enumerate(spec.stages or []):
+        if stage.layers.last >= layers:
+            yield _problem(
+                f"spec.stages[{index}].layers.last",
+                ProblemReason.INVALID,
+                f"{stage.layers.last} is no layer: {there}, counted from 0; use at most "
+                f"{layers - 1}",
+            )
+    if spec.schedule is None:
+        return
+    counts = {
+        "layersPerStage": spec.schedule.layers_per_stage,
+        "stageCount": spec.schedule.stage_count,
+    }
+    for field, count in counts.items():
+        if count is not None and count > layers:
+            yield _problem(
+                f"spec.schedule.{field}",
+                ProblemReason.INVALID,
+                f"{count} is too many: {there}; use at most {layers}",
+            )
+    size = spec.schedule.layers_per_stage
+    if size is not None and -(-layers // size) > MAX_STAGES:
+        yield _problem(
+            "spec.schedule.layersPerStage",
+            ProblemReason.INVALID,
+            f"{size} makes {-(-layers // size)} stages of {layers} layers and a run has at most "
+            f"{MAX_STAGES}; use at least {-(-layers // MAX_STAGES)}",
+        )
+
+
+def _head_problems(model: ModelFacts, drafts: Sequence[Draft]) -> Iterator[Problem]:
+    for draft in drafts:
+        if not draft.head:
+            continue
+        scheduled = draft.path == "spec.schedule"
+        value, cure = ("LastStage", "Never") if scheduled else ("true", "false")
+        if model.tied_embeddings:
+            yield _problem(
+                f"{draft.path}.head",
+                ProblemReason.CONFLICT,
+                f"{value} is not possible: the head of this {model.model_type} model shares its "
+                "matrix with the embeddings, so training it would change the input of every layer "
+                f"below; use head: {cure}",
+            )
+        if draft.layers.last < model.num_layers - 1:
+            yield _problem(
+                f"{draft.path}.head",
+                ProblemReason.CONFLICT,
+                f"{value} is not possible: the head trains with the topmost layer, "
+                f"{model.num_layers - 1}, and this stage ends at layer {draft.layers.last}; "
+                f"use head: {cure} or end the stage at layer {model.num_layers - 1}",
+            )
+
+
+def _target_problems(spec: StagedFineTuneSpec, model: ModelFacts) -> Iterator[Problem]:
+    lora = spec.method.lora
+    modules = sorted(model.layer.linear_shapes)
+    for index, target in enumerate((lora.target_modules if lora else None) or []):
+        if not any(is_target(module, target) for module in modules):
+            names = ", ".join(sorted({module.rpartition(".")[2] for module in modules}))
+            yield _problem(
+                f"spec.method.lora.targetModules[{index}]",
+                ProblemReason.NOT_FOUND,
+                f"{target!r} is no linear module of a {model.model_type} layer; use one of {names}",
+            )
+
+
+def _data_problems(data: DataFacts) -> Iterator[Problem]:
+    if data.train_rows == 0:
+        yield _problem(
+            "spec.dataset.source",
+            ProblemReason.INVALID,
+            "no training row is left after preparation; the data report says what was dropped and "
+            "why",
+        )
+    elif data.train_answer_tokens == 0:
+        yield _problem(
+            "spec.dataset.source",
+            ProblemReason.INVALID,
+            f"the {data.train_rows} training rows hold no token of an answer, so there is nothing "
+            "to learn; look at spec.dataset.columns and at the answers' text",
+        )
+    if data.validation_rows == 0:
+        yield _problem(
+            "spec.dataset.validation",
+            ProblemReason.INVALID,
+            f"no validation row is left beside {data.train_rows} training rows; use a larger "
+            "fraction or a source with rows",
+        )
+
+
+def _partition_problems(spec: StagedFineTuneSpec, drafts: Sequence[Draft]) -> Iterator[Problem]:
+    schedule = spec.schedule
+    if schedule is None or schedule.data_partition is not DataPartition.DISJOINT:
+        return
+    fraction = schedule.data_fraction
+    if fraction is not None and fraction * len(drafts) > 1 + 1e-9:
+        yield _problem(
+            "spec.schedule.dataFraction",
+            ProblemReason.CONFLICT,
+            f"{fraction} of the rows for each of {len(drafts)} disjoint stages is more than there "
+            f"is; use at most {int(1e4 / len(drafts)) / 1e4}, leave it out, or use dataPartition: "
+            "Shared",
+        )
+
+
+def _share_problems(
+    spec: StagedFineTuneSpec, drafts: Sequence[Draft], train_rows: int
+) -> Iterator[Problem]:
+    """Yield one problem for each place of the spec that leaves a stage without rows."""
+    if train_rows == 0:
+        return
+    schedule = spec.schedule
+    disjoint = schedule is not None and schedule.data_partition is DataPartition.DISJOINT
+    equal_shares = disjoint and schedule is not None and schedule.data_fraction is None
+    cure = "use fewer stages, more rows or dataPartition: Shared"
+    if not disjoint:
+        cure = "use a larger fraction or more rows"
+    seen: set[str] = set()
+    for draft, (start, end) in zip(drafts, deal_rows(spec, drafts, train_rows), strict=True):
+        path = f"{draft.path}.{'dataPartition' if equal_shares else 'dataFraction'}"
+        if end > start or path in seen:
+            continue
+        seen.add(path)
+        yield _problem(
+            path,
+            ProblemReason.INVALID,
+            f"{draft.data_fraction:.6g} of {train_rows} training rows leaves stage {draft.name} "
+            f"without a row; {cure}",
+        )
+
+
+def find_memory_problems(
+    spec: StagedFineTuneSpec, machine: Machine, stages: Sequence[PlannedStage]
+) -> list[Problem]:
+    """Return a problem where a stage is larger than the device, with the numbers of the largest."""
+    largest = max(stages, key=lambda stage: stage.estimate.memory_bytes)
+    estimate, available = largest.estimate, machine.memory_bytes
+    if available is None or estimate.memory_bytes <= available:
+        return []
+    parts = {
+        "weights": estimate.weights_bytes,
+        "training state": estimate.training_state_bytes,
+        "activations": estimate.activation_bytes,
+        "device": DEVICE_CONTEXT_BYTES if machine.is_gpu else 0,
+    }
+    shown = ", ".join(f"{name} {size / _GIB:.1f}" for name, size in parts.items())
+    return [
+        _problem(
+            "spec.training",
+            ProblemReason.DOES_NOT_FIT,
+            f"stage {largest.name} needs {estimate.memory_bytes / _GIB:.1f} GiB ({shown}) and the "
+            f"device has {available / _GIB:.1f} GiB; {_memory_cure(spec, largest)}",
+        )
+    ]
+
+
+def _memory_cure(spec: StagedFineTuneSpec, stage: PlannedStage) -> str:
+    """Return what would make the stage smaller and is not done yet, cheapest first."""
+    training = spec.training
+    cures = []
+    if training.gradient_checkpointing is GradientCheckpointing.NEVER:
+        cures.append("set gradientCheckpointing: Always")
+    if training.micro_batch_size > 1:
+        cures.append(f"lower microBatchSize from {training.micro_batch_size}")
+    cures.append(f"lower spec.dataset.maxLength from {spec.dataset.max_length}")
+    if stage.layers.count > 1:
+        cures.append(f"open fewer than {stage.layers.count} layers per stage")
+    if spec.method.type is MethodType.FULL:
+        cures.append("use method.type: LoRA")
+    return ", ".join([*cures, "or take a larger device"])

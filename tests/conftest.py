@@ -1,0 +1,9 @@
+"""Settings of every tier: what has to be in the environment before torch is imported."""
+
+import os
+
+# The models of the tests are tiny and the tests run side by side: one thread each is fastest.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")

@@ -1,0 +1,467 @@
+"""Estimates against what was measured (docs/plan.md) and against PyTorch's own counters."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+
+from stagetune_api.facts import DataFacts, Facts, ModelFacts
+from stagetune_api.spec import LayerRange, LoraSpec, MethodSpec, MethodType, TrainingSpec
+from stagetune_api.stage import StageEstimate
+from stagetune_operator.estimate import (
+    DEVICE_CONTEXT_BYTES,
+    Machine,
+    StageScope,
+    estimate_full_fine_tuning,
+    estimate_stage,
+    layer_activation_bytes,
+    step_flops,
+)
+from stagetune_operator.model_facts import model_facts_from_config
+
+GIB = 2**30
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+FULL = MethodSpec()
+LLAMA_3_8B = {
+    "model_type": "llama",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "tie_word_embeddings": False,
+    "torch_dtype": "bfloat16",
+}
+
+
+def _model(config: dict[str, Any]) -> ModelFacts:
+    model = model_facts_from_config(config)
+    assert isinstance(model, ModelFacts), model
+    return model
+
+
+QWEN = _model(json.loads((EXAMPLES / "qwen2.5-7b-instruct.config.json").read_text()))
+LLAMA = _model(LLAMA_3_8B)
+
+
+def _facts(model: ModelFacts, row_tokens: int = 1024, answer_share: float = 1.0) -> Facts:
+    """Return facts of 100 rows of equal length; with all of it answer, the head sees all."""
+    tokens = 100 * row_tokens
+    data = DataFacts(
+        train_rows=100,
+        validation_rows=10,
+        train_tokens=tokens,
+        train_answer_tokens=round(answer_share * tokens),
+        max_row_tokens=row_tokens,
+    )
+    return Facts(model=model, data=data, model_directory="models/base")
+
+
+def _training(checkpointing: str = "Always", **values: Any) -> TrainingSpec:
+    return TrainingSpec(learning_rate=1e-4, gradient_checkpointing=checkpointing, **values)
+
+
+def _lora(rank: int = 16, targets: list[str] | None = None) -> MethodSpec:
+    return MethodSpec(type=MethodType.LORA, lora=LoraSpec(rank=rank, target_modules=targets))
+
+
+def _scope(first: int, end: int, **opened: Any) -> StageScope:
+    return StageScope(LayerRange(first=first, last=end - 1), **opened)
+
+
+def _estimate(
+    facts: Facts,
+    scope: StageScope,
+    method: MethodSpec = FULL,
+    training: TrainingSpec | None = None,
+    machine: Machine | None = None,
+) -> StageEstimate:
+    return estimate_stage(facts, method, training or _training(), scope, machine or Machine())
+
+
+# Operations, against the measured table of docs/plan.md (GF per token at rows of 1024 tokens).
+
+
+def _gigaflops_per_token(
+    model: ModelFacts, checkpointing: str, scope: StageScope, method: MethodSpec = FULL
+) -> float:
+    training = _training(checkpointing, batch_size=16)
+    return step_flops(_facts(model), method, training, scope) / (16 * 1024) / 1e9
+
+
+@pytest.mark.parametrize(
+    ("first", "head", "measured", "measured_with_checkpointing"),
+    [
+        (0, False, 31.4, 41.0),
+        (8, False, 27.4, 34.3),
+        (16, False, 23.5, 27.6),
+        (24, True, 20.6, 22.0),
+    ],
+)
+def test_operations_of_qwen_stages_are_those_measured(
+    first: int, head: bool, measured: float, measured_with_checkpointing: float
+) -> None:
+    scope = _scope(first, first + 4, head=head)
+
+    assert _gigaflops_per_token(QWEN, "Never", scope) == pytest.approx(measured, rel=0.01)
+    assert _gigaflops_per_token(QWEN, "Always", scope) == pytest.approx(
+        measured_with_checkpointing, rel=0.01
+    )
+
+
+@pytest.mark.parametrize(
+    ("model", "checkpointing", "stages", "full", "lora"),
+    [
+        (QWEN, "Never", 25.6, 43.7, 29.5),
+        (QWEN, "Always", 31.1, 53.3, 39.2),
+        (LLAMA, "Never", 26.9, 46.6, 31.6),
+        (LLAMA, "Always", 33.0, 57.4, 42.4),
+    ],
+)
+def test_mean_stage_full_and_lora_operations_are_those_measured(
+    model: ModelFacts, checkpointing: str, stages: float, full: float, lora: float
+) -> None:
+    top = model.num_layers
+    scopes = [_scope(first, first + 4, head=first + 4 == top) for first in range(0, top, 4)]
+    everything = _scope(0, top, embeddings=True, head=True)
+
+    costs = [_gigaflops_per_token(model, checkpointing, scope) for scope in scopes]
+
+    assert sum(costs) / len(costs) == pytest.approx(stages, rel=0.01)
+    assert _gigaflops_per_token(model, checkpointing, everything) == pytest.approx(full, rel=0.01)
+    assert _gigaflops_per_token(model, checkpointing, _scope(0, top), _lora()) == pytest.approx(
+        lora, rel=0.01
+    )
+
+
+# Operations, against PyTorch's counter on small models of several families.
+
+
+def _tiny_config(model_type: str) -> PretrainedConfig:
+    config = CONFIG_MAPPING[model_type](
+        hidden_size=96,
+        intermediate_size=256,
+        num_hidden_layers=6,
+        num_attention_heads=6,
+        num_key_value_heads=2,
+        vocab_size=400,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+        use_cache=False,
+    )
+    if model_type not in ("phi", "phi3"):
+        config.head_dim = 16
+    return config
+
+
+def _tiny_facts(config: PretrainedConfig) -> Facts:
+    return _facts(_model(json.loads(config.to_json_string())), row_tokens=128)
+
+
+def _counted_flops(model: PreTrainedModel, checkpointing: str) -> int:
+    """Return what PyTorch counts for two rows of 128 tokens, all of them answers."""
+    model.train()
+    if checkpointing == "Always":
+        model.activation_checkpointing_enable()
+        # Otherwise autograd would walk the frozen prefix too.
+        model.disable_input_require_grads()
+    with FlopCounterMode(display=False) as counter:
+        model(input_ids=torch.ones(2, 128, dtype=torch.long)).logits.float().sum().backward()
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen3", "gemma2", "gemma3_text", "phi3", "phi"])
+@pytest.mark.parametrize("checkpointing", ["Never", "Always"])
+@pytest.mark.parametrize(("first", "end", "head"), [(0, 2, False), (2, 4, False), (4, 6, True)])
+def test_operations_equal_pytorchs_own_count(
+    model_type: str, checkpointing: str, first: int, end: int, head: bool
+) -> None:
+    config = _tiny_config(model_type)
+    config.tie_word_embeddings = False
+    # Fused attention computes its scores again in the backward pass and is counted with that.
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    model.requires_grad_(False)
+    model.model.layers[first:end].requires_grad_(True)
+    model.get_output_embeddings().requires_grad_(head)
+
+    estimated = step_flops(
+        _tiny_facts(config),
+        FULL,
+        _training(checkpointing, batch_size=2),
+        _scope(first, end, head=head),
+    )
+
+    assert estimated == _counted_flops(model, checkpointing)
+
+
+@pytest.mark.parametrize("checkpointing", ["Never", "Always"])
+@pytest.mark.parametrize(("first", "adapted"), [(2, {0, 1}), (0, {4, 5}), (4, {0, 1, 2, 3})])
+def test_operations_of_adapters_are_near_pytorchs_own_count(
+    checkpointing: str, first: int, adapted: set[int]
+) -> None:
+    config = _tiny_config("llama")
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    opened = {first, first + 1}
+    adapters = peft.LoraConfig(
+        r=8,
+        target_modules=[
+            "q_proj",
+            "k_proj",
+            "v_proj",
+            "o_proj",
+            "gate_proj",
+            "up_proj",
+            "down_proj",
+        ],
+        layers_to_transform=sorted(opened | adapted),
+    )
+    peft.inject_adapter_in_model(adapters, model)
+    for index, layer in enumerate(model.model.layers):
+        for name, parameter in layer.named_parameters():
+            parameter.requires_grad_("lora_" in name and index in opened)
+
+    estimated = step_flops(
+        _tiny_facts(config),
+        _lora(rank=8),
+        _training(checkpointing, batch_size=2),
+        _scope(first, first + 2, adapted_layers=frozenset(adapted)),
+    )
+
+    # What comes into the lowest open layer needs no gradient under adapters: a little less.
+    assert estimated == pytest.approx(_counted_flops(model, checkpointing), rel=0.04)
+
+
+def test_only_answer_tokens_reach_the_head() -> None:
+    training = _training(batch_size=16)
+    scope = _scope(24, 28, head=True)
+
+    all_tokens, half = (
+        step_flops(_facts(QWEN, answer_share=share), FULL, training, scope) for share in (1.0, 0.5)
+    )
+
+    assert all_tokens - half == 16 * 512 * 3 * 2 * QWEN.vocab_size * QWEN.hidden_size
+
+
+# Activations.
+
+
+@pytest.mark.parametrize(
+    ("model", "trained", "frozen"), [(QWEN, 260_000, 186_000), (LLAMA, 238_000, 169_000)]
+)
+def test_a_layer_keeps_what_was_measured(model: ModelFacts, trained: int, frozen: int) -> None:
+    for opened, measured in ((True, trained), (False, frozen)):
+        bf16 = layer_activation_bytes(model, trained=opened, element=2, row_tokens=1024)
+        fp32 = layer_activation_bytes(model, trained=opened, element=4, row_tokens=1024)
+        assert bf16 == pytest.approx(measured, rel=0.01)
+        assert fp32 == 2 * bf16
+
+
+def _kept_bytes_per_token(model_type: str, *, trained: bool) -> float:
+    """Return what autograd keeps of one bf16 layer with fp32 masters and repeated keys."""
+    config = _tiny_config(model_type)
+    model = AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
+    layer = model.model.layers[0].requires_grad_(trained)
+    if trained:
+        layer.float()
+    rows, length = 2, 120
+    hidden = torch.randn(rows, length, 96, dtype=torch.bfloat16, requires_grad=True) * 1
+    kinds = config.layer_types[:1] if model_type == "gemma3_text" else []
+    rotary = model.model.rotary_emb(hidden, torch.arange(length)[None], *kinds)
+    mask = torch.ones(rows, 1, length, length, dtype=torch.bool).tril()
+    of_all_layers = {part.untyped_storage().data_ptr() for part in rotary}
+    kept: dict[int, tuple[int, torch.Tensor]] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        # Weights and their bf16 copies have no dimension of tokens; the mask has two.
+        is_activation = length in tensor.shape or tensor.shape[0] == rows * length
+        is_mask = tensor.shape[-2:] == mask.shape[-2:]
+        if is_activation and not is_mask and storage.data_ptr() not in of_all_layers:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)
+        return tensor
+
+    with (
+        torch.autocast("cpu", torch.bfloat16),
+        torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor),
+    ):
+        layer(hidden, attention_mask=mask, position_embeddings=rotary)
+    return sum(size for size, _ in kept.values()) / (rows * length)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "gemma3_text", "phi3", "phi"])
+@pytest.mark.parametrize("trained", [True, False])
+def test_what_a_layer_keeps_is_near_what_autograd_keeps(model_type: str, trained: bool) -> None:
+    facts = _tiny_facts(_tiny_config(model_type))
+
+    estimated = layer_activation_bytes(facts.model, trained=trained, element=2, row_tokens=128)
+
+    kept = _kept_bytes_per_token(model_type, trained=trained)
+    assert 0.98 * kept <= estimated <= 1.3 * kept
+
+
+def test_without_checkpointing_every_layer_above_the_prefix_is_kept() -> None:
+    facts = _facts(QWEN, row_tokens=2048, answer_share=0.01)
+    training = _training("Never")
+    trained, frozen = (
+        2048 * layer_activation_bytes(QWEN, trained=trained, element=2, row_tokens=2048)
+        for trained in (True, False)
+    )
+
+    low, high = (_estimate(facts, _scope(first, first + 4), training=training) for first in (8, 20))
+
+    assert low.activation_bytes - high.activation_bytes == 12 * frozen
+    assert low.activation_bytes >= 4 * trained + 16 * frozen
+
+
+def test_with_checkpointing_a_layer_above_the_prefix_costs_its_border() -> None:
+    facts = _facts(QWEN, row_tokens=2048, answer_share=0.01)
+
+    low, high = (_estimate(facts, _scope(first, first + 4)) for first in (8, 20))
+
+    assert low.activation_bytes - high.activation_bytes == 12 * 2048 * 2 * QWEN.hidden_size
+
+
+def test_scores_are_counted_where_attention_cannot_be_fused() -> None:
+    config = {**LLAMA_3_8B, "model_type": "gemma2", "head_dim": 128}
+    model = _model(config)
+
+    short, long = (
+        layer_activation_bytes(model, trained=False, element=2, row_tokens=tokens)
+        for tokens in (1000, 2000)
+    )
+
+    assert long - short == 32 * 1000 * 6
+
+
+# Memory, disk and trainable parameters.
+
+
+def test_a_full_stage_holds_sixteen_bytes_for_each_parameter_it_trains() -> None:
+    estimate = _estimate(_facts(QWEN), _scope(0, 4))
+
+    assert estimate.trainable_parameters == 4 * 233_057_792
+    assert estimate.training_state_bytes == 16 * estimate.trainable_parameters
+    assert estimate.weights_bytes == 2 * (7_615_616_512 - estimate.trainable_parameters)
+    assert estimate.disk_bytes == (2 * 16 + 2) * estimate.trainable_parameters
+    assert estimate.memory_bytes == (
+        estimate.weights_bytes
+        + estimate.training_state_bytes
+        + estimate.activation_bytes
+        + DEVICE_CONTEXT_BYTES
+    )
+
+
+@pytest.mark.parametrize(
+    ("model", "scope", "calculated"),
+    [
+        (QWEN, _scope(0, 4), 29.9),
+        (QWEN, _scope(24, 28, head=True), 37.7),
+        (LLAMA, _scope(0, 4), 29.9),
+        (LLAMA, _scope(28, 32, head=True), 37.3),
+    ],
+)
+def test_memory_of_a_stage_is_near_the_reference_calculation(
+    model: ModelFacts, scope: StageScope, calculated: float
+) -> None:
+    """The reference keeps a bf16 copy of all that trains; here only the largest piece has one."""
+    facts = _facts(model, row_tokens=2048, answer_share=0.25)
+
+    assert _estimate(facts, scope).memory_bytes / GIB == pytest.approx(calculated, rel=0.1)
+
+
+def test_memory_of_lora_is_near_the_reference_calculation() -> None:
+    facts = _facts(QWEN, row_tokens=2048, answer_share=0.25)
+
+    estimate = _estimate(facts, _scope(0, 28), _lora())
+
+    assert estimate.trainable_parameters == 40_370_176
+    assert estimate.memory_bytes / GIB == pytest.approx(16.7, rel=0.05)
+
+
+def test_embeddings_and_head_train_with_their_stages() -> None:
+    facts = _facts(QWEN)
+    plain = _estimate(facts, _scope(0, 4)).trainable_parameters
+
+    embeddings = _estimate(facts, _scope(0, 4, embeddings=True)).trainable_parameters
+    head = _estimate(facts, _scope(24, 28, head=True)).trainable_parameters
+
+    assert embeddings - plain == 544_997_376
+    assert head - plain == 544_997_376 + QWEN.hidden_size
+
+
+def test_adapters_of_earlier_stages_stay_in_memory() -> None:
+    facts = _facts(QWEN)
+    per_layer = 64 * sum(sum(shape) for shape in QWEN.layer.linear_shapes.values())
+
+    first = _estimate(facts, _scope(0, 4), _lora(64))
+    third = _estimate(facts, _scope(8, 12, adapted_layers=frozenset(range(8))), _lora(64))
+
+    assert first.trainable_parameters == third.trainable_parameters == 4 * per_layer
+    assert first.weights_bytes == 2 * QWEN.parameters
+    assert third.weights_bytes == 2 * QWEN.parameters + 8 * 4 * per_layer
+
+
+def test_target_modules_limit_the_adapters() -> None:
+    estimate = _estimate(_facts(QWEN), _scope(0, 4), _lora(8, ["q_proj", "v_proj"]))
+
+    assert estimate.trainable_parameters == 4 * 8 * (3584 + 3584 + 3584 + 512)
+
+
+def test_full_fine_tuning_trains_everything_and_costs_one() -> None:
+    estimate = estimate_full_fine_tuning(_facts(QWEN), _training())
+
+    assert estimate.trainable_parameters == QWEN.parameters
+    assert estimate.weights_bytes == 0
+    assert estimate.relative_step_flops == 1.0
+
+
+def test_a_cpu_computes_in_fp32_and_has_no_context() -> None:
+    facts = _facts(QWEN, answer_share=0.01)
+    on_cpu = _estimate(facts, _scope(0, 4), machine=Machine(is_gpu=False))
+    fp32 = _estimate(facts, _scope(0, 4), training=_training(precision="FP32"))
+    bf16 = _estimate(facts, _scope(0, 4), training=_training(precision="BF16"))
+
+    assert on_cpu.weights_bytes == fp32.weights_bytes == 2 * bf16.weights_bytes
+    assert on_cpu.memory_bytes == fp32.memory_bytes - DEVICE_CONTEXT_BYTES
+    assert _estimate(facts, _scope(0, 4)) == bf16
+
+
+# Properties.
+
+
+@settings(deadline=None)
+@given(first=st.integers(0, 27), size=st.integers(1, 28), micro=st.sampled_from([1, 2, 4]))
+def test_a_stage_is_never_dearer_than_full_fine_tuning(first: int, size: int, micro: int) -> None:
+    facts = _facts(QWEN, answer_share=0.3)
+    training = _training(batch_size=16, micro_batch_size=micro)
+    scope = _scope(first, min(first + size, 28))
+
+    stage = _estimate(facts, scope, training=training)
+
+    full = estimate_full_fine_tuning(facts, training)
+    assert 0 < stage.relative_step_flops <= 1
+    assert stage.memory_bytes < full.memory_bytes
+    assert stage.activation_bytes <= full.activation_bytes
+
+
+@settings(deadline=None)
+@given(first=st.integers(0, 26), method=st.sampled_from([FULL, _lora()]))
+def test_the_higher_a_stage_the_less_it_computes(first: int, method: MethodSpec) -> None:
+    facts = _facts(QWEN, answer_share=0.3)
+
+    lower, higher = (_estimate(facts, _scope(at, at + 1), method) for at in (first, first + 1))
+
+    assert higher.step_flops < lower.step_flops
+    assert higher.activation_bytes < lower.activation_bytes
+    assert higher.trainable_parameters == lower.trainable_parameters

@@ -1,0 +1,211 @@
+"""Which rows a step sees, and those rows as tensors.
+
+Comes after `prepare` and before `loop`. The rows of step n follow from the seed, the stage and n
+alone, so a resumed stage sees what the unbroken one would have seen, without replaying anything.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from stagetune_api import names
+from stagetune_api.artifact import ArtifactKind, verify_artifact
+from stagetune_api.stage import PlannedStage, StageConfig
+from stagetune_trainer.data.store import DATA_DIRECTORY, RowReader, Split, StoredRow, rows_path
+from stagetune_trainer.data.template import IGNORED
+
+_PAD = 0
+"""Token id of padding. Any id will do: causal attention keeps what stands on the right of a token
+away from it, and padding has no labels."""
+
+
+class Purpose:
+    """What a permutation is for, so that equal seeds give unrelated orders."""
+
+    VALIDATION_SPLIT = 1
+    TRAINING_ORDER = 2
+    EPOCH = 3
+
+
+def permutation(count: int, *key: int) -> NDArray[np.int64]:
+    """Return the numbers below `count` in the order that `key` (numbers below 2**32) gives.
+
+    numpy promises the stream of RandomState for ever, and that of its newer generators not.
+    """
+    return np.random.RandomState(list(key)).permutation(count).astype(np.int64)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """Rows of one forward pass, padded on the right to the longest of them.
+
+    There is no attention mask, and none is needed: a causal model's real tokens never see what is
+    on their right, and positions count from the left.
+    """
+
+    input_ids: Tensor
+    """Token ids [B, T], int64."""
+    labels: Tensor
+    """Token ids [B, T], int64, where they are learned, -100 elsewhere; each stands at the position
+    of its own token."""
+    num_tokens: int
+    """Tokens, padding left out."""
+
+    @property
+    def num_answer_tokens(self) -> int:
+        """Labels that a loss is computed for; the first position is predicted by nothing."""
+        return int((self.labels[:, 1:] != IGNORED).sum())
+
+    def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Return `input_ids` and `labels` on `device`."""
+        return self.input_ids.to(device), self.labels.to(device)
+
+
+def collate(rows: Sequence[StoredRow]) -> Batch:
+    """Return `rows` as one batch."""
+    lengths = [len(row.input_ids) for row in rows]
+    shape = (len(rows), max(lengths))
+    input_ids = torch.full(shape, _PAD, dtype=torch.int64)
+    labels = torch.full(shape, IGNORED, dtype=torch.int64)
+    for index, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+        input_ids[index, :length] = torch.from_numpy(np.array(row.input_ids, dtype=np.int64))
+        labels[index, :length] = torch.from_numpy(np.array(row.labels, dtype=np.int64))
+    return Batch(input_ids=input_ids, labels=labels, num_tokens=sum(lengths))
+
+
+class TrainingRows:
+    """A stage's rows in the order in which it sees them."""
+
+    def __init__(
+        self,
+        rows: RowReader,
+        *,
+        stage: PlannedStage,
+        seed: int,
+        batch_size: int,
+        micro_batch_size: int,
+    ) -> None:
+        """Take the stage's part of `rows`: its range of the training set's one shuffled order.
+
+        Raises ValueError where the range reaches beyond the rows.
+        """
+        if stage.rows.end > len(rows):
+            raise ValueError(
+                f"{stage.name} wants rows up to {stage.rows.end}, there are {len(rows)}"
+            )
+        order = permutation(len(rows), seed, Purpose.TRAINING_ORDER)
+        self._rows = rows
+        self._indices = order[stage.rows.start : stage.rows.end]
+        self._key = (seed, Purpose.EPOCH, stage.index)
+        self._batch_size = batch_size
+        self._micro_batch_size = micro_batch_size
+        self._epoch: tuple[int, NDArray[np.int64]] | None = None
+
+    @property
+    def steps_per_epoch(self) -> int:
+        """Steps of one pass; the last one may have fewer rows, so that no row is dropped."""
+        return -(-len(self._indices) // self._batch_size)
+
+    def batch_indices(self, step: int) -> list[int]:
+        """Return the rows of step `step`, from 0, as positions in the training set."""
+        epoch, position = divmod(step, self.steps_per_epoch)
+        if self._epoch is None or self._epoch[0] != epoch:
+            shuffled = self._indices[permutation(len(self._indices), *self._key, epoch)]
+            self._epoch = (epoch, shuffled)
+        start = position * self._batch_size
+        return [int(index) for index in self._epoch[1][start : start + self._batch_size]]
+
+    def micro_batches(self, step: int) -> list[Batch]:
+        """Return the micro-batches of step `step`, rows of like length together.
+
+        How a batch is split changes padding and rounding, and not its gradient.
+        """
+        indices = _longest_first(self._rows, self.batch_indices(step))
+        return [
+            collate([self._rows[index] for index in part])
+            for part in _parts(indices, self._micro_batch_size)
+        ]
+
+
+class FixedRows:
+    """Rows that are all seen once and in a fixed order: validation and general text."""
+
+    def __init__(self, rows: RowReader, *, micro_batch_size: int) -> None:
+        self._rows = rows
+        self._micro_batch_size = micro_batch_size
+
+    def batches(self) -> Iterator[Batch]:
+        """Yield all rows in batches, the longest first, so that memory is at its peak at once."""
+        indices = _longest_first(self._rows, range(len(self._rows)))
+        for part in _parts(indices, self._micro_batch_size):
+            yield collate([self._rows[index] for index in part])
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationQuestion:
+    """A validation row as a question to be answered."""
+
+    question: str
+    """Text of the last user turn."""
+    reference: str
+    """Text of the last answer in the data."""
+    prompt_ids: list[int]
+    """Token ids of everything before that answer, generation prompt included."""
+
+
+def open_training_rows(config: StageConfig, stage: PlannedStage) -> TrainingRows:
+    """Return the rows of `stage`; raises ArtifactError where the tokenised rows are not sound."""
+    return TrainingRows(
+        _open(config, Split.TRAIN),
+        stage=stage,
+        seed=config.training.seed,
+        batch_size=config.training.batch_size,
+        micro_batch_size=config.training.micro_batch_size,
+    )
+
+
+def open_validation_rows(config: StageConfig) -> FixedRows:
+    """Return all validation rows; raises ArtifactError where they are not sound."""
+    rows = _open(config, Split.VALIDATION)
+    return FixedRows(rows, micro_batch_size=config.training.micro_batch_size)
+
+
+def open_general_rows(config: StageConfig) -> FixedRows:
+    """Return the general text in chunks; raises ArtifactError where it is not sound."""
+    rows = _open(config, Split.GENERAL)
+    return FixedRows(rows, micro_batch_size=config.training.micro_batch_size)
+
+
+def open_validation_questions(config: StageConfig) -> list[ValidationQuestion]:
+    """Return the validation rows as questions, in the order of the data.
+
+    Raises ArtifactError where they are not sound.
+    """
+    return [
+        ValidationQuestion(
+            question=row.question,
+            reference=row.reference,
+            prompt_ids=[int(token) for token in row.prompt_ids],
+        )
+        for row in _open(config, Split.VALIDATION)
+    ]
+
+
+def _open(config: StageConfig, split: Split) -> RowReader:
+    directory = names.RunLayout(Path(config.run_directory)).prepare / DATA_DIRECTORY
+    verify_artifact(directory, digest=config.data_digest, kind=ArtifactKind.DATASET)
+    return RowReader(rows_path(directory, split))
+
+
+def _longest_first(rows: RowReader, indices: Sequence[int]) -> list[int]:
+    return sorted(indices, key=lambda index: -int(rows.lengths[index]))
+
+
+def _parts(indices: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    for start in range(0, len(indices), size):
+        yield indices[start : start + size]

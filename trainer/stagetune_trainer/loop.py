@@ -1,0 +1,216 @@
+"""The training loop of a stage: the only one, for every method.
+
+Comes after `train` has loaded the model and opened the stage's parameters. It ends with the last
+step, with patience, with a request to stop, or with numbers that are no longer finite, and knows
+nothing of layers, methods or folders.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import NoReturn, Protocol
+
+import torch
+
+from stagetune_api.progress import ProgressKind
+from stagetune_api.spec import EarlyStoppingSpec, LearningRateSchedule, TrainingSpec
+from stagetune_api.stage import PlannedStage
+from stagetune_trainer.data.batches import Batch
+from stagetune_trainer.errors import DivergedError, InterruptedRunError
+from stagetune_trainer.loss import AnswerLoss
+from stagetune_trainer.metrics import ProgressLog, peak_memory_bytes
+from stagetune_trainer.model import Numerics
+from stagetune_trainer.training_state import LoopState, RandomState, TrainingState
+
+
+class StopRequest(Protocol):
+    """Whether somebody asked the process to save and leave."""
+
+    @property
+    def requested(self) -> bool:
+        """True from the moment of the request."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageLoop:
+    """What the loop works on; all of it is made before the first step."""
+
+    stage: PlannedStage
+    training: TrainingSpec
+    numerics: Numerics
+    loss: AnswerLoss
+    """Summed cross entropy of a micro-batch."""
+    micro_batches: Callable[[int], Sequence[Batch]]
+    """The micro-batches of step n, n from 0, whatever was computed before."""
+    validation_batches: Callable[[], Iterable[Batch]]
+    """All validation rows, in micro-batches."""
+    save: Callable[[TrainingState, RandomState], None]
+    """Publishes a checkpoint."""
+    stop: StopRequest
+    log: ProgressLog
+
+
+def train(loop: StageLoop, state: TrainingState) -> None:
+    """Take the stage from where `state` stands to its end; the best parameters are then in place.
+
+    Raises InterruptedRunError after saving, when asked to stop, and DivergedError before a step
+    with a loss or gradient that is not finite is applied.
+    """
+    stage, progress = loop.stage, state.loop
+    saved_at = time.monotonic()
+    while True:
+        if _validation_is_due(stage, progress):
+            validation_loss = validate(loop)
+            if validation_loss is None:
+                _save_and_leave(loop, state, RandomState.capture())
+            _judge(state, validation_loss, loop.training.early_stopping)
+            _log_validation(loop, progress)
+        if progress.step == stage.steps or progress.stopped_early:
+            break
+
+        started = time.monotonic()
+        random_state = RandomState.capture()
+        batches = loop.micro_batches(progress.step)
+        num_answers = sum(batch.num_answer_tokens for batch in batches)
+        loss_sum = 0.0
+        for batch in batches:
+            if loop.stop.requested:
+                # The step is given up and will be computed anew from the same random state.
+                _save_and_leave(loop, state, random_state)
+            loss_sum += _accumulate(loop, batch, num_answers)
+        loss = loss_sum / num_answers
+        grad_norm = torch.nn.utils.clip_grad_norm_(
+            list(state.parameters.values()), loop.training.max_grad_norm
+        ).item()
+        if not math.isfinite(loss) or not math.isfinite(grad_norm):
+            raise DivergedError(
+                f"step {progress.step + 1}: loss {loss}, gradient norm {grad_norm}; lower "
+                "spec.training.learningRate or raise warmupRatio in a run of another name. The "
+                "step was not applied."
+            )
+        learning_rate = learning_rate_at(progress.step, stage, loop.training)
+        for group in state.optimizer.param_groups:
+            group["lr"] = learning_rate
+        state.optimizer.step()
+        state.optimizer.zero_grad(set_to_none=True)
+
+        seconds = time.monotonic() - started
+        tokens = sum(batch.num_tokens for batch in batches)
+        progress.step += 1
+        progress.loss = loss
+        progress.tokens += tokens
+        progress.train_seconds += seconds
+        loop.log.write(
+            ProgressKind.STEP,
+            step=progress.step,
+            total_steps=stage.steps,
+            loss=loss,
+            learning_rate=learning_rate,
+            grad_norm=grad_norm,
+            tokens=progress.tokens,
+            tokens_per_second=tokens / seconds,
+            eta_seconds=progress.train_seconds / progress.step * (stage.steps - progress.step),
+            peak_memory_bytes=peak_memory_bytes(loop.numerics.device),
+        )
+        if time.monotonic() - saved_at >= loop.training.checkpoint_interval_seconds:
+            loop.save(state, RandomState.capture())
+            saved_at = time.monotonic()
+
+    state.restore_best()
+
+
+def _validation_is_due(stage: PlannedStage, progress: LoopState) -> bool:
+    """Whether the validation loss at this step is wanted and not known yet."""
+    wanted = progress.step % stage.validation_interval == 0 or progress.step == stage.steps
+    return wanted and progress.validated_step != progress.step
+
+
+def _save_and_leave(loop: StageLoop, state: TrainingState, random_state: RandomState) -> NoReturn:
+    loop.save(state, random_state)
+    raise InterruptedRunError(f"saved after step {state.loop.step} of {loop.stage.steps}")
+
+
+def _accumulate(loop: StageLoop, batch: Batch, num_answers: int) -> float:
+    """Add a micro-batch's gradients and return its summed loss.
+
+    Divided by the answer tokens of the whole batch, so that any split into micro-batches gives the
+    gradient of the batch's mean loss.
+    """
+    with loop.numerics.autocast():
+        loss_sum, _ = loop.loss(*batch.on(loop.numerics.device))
+    (loss_sum / num_answers).backward()  # type: ignore[no-untyped-call]
+    return float(loss_sum.detach())
+
+
+@torch.no_grad()
+def validate(loop: StageLoop) -> float | None:
+    """Return the mean loss over all validation answers, in nats; None when asked to stop."""
+    model = loop.loss.decoder.model
+    training_modules = [module for module in model.modules() if module.training]
+    model.train(False)
+    loss_sum, count = 0.0, 0
+    for batch in loop.validation_batches():
+        if loop.stop.requested:
+            return None
+        with loop.numerics.autocast():
+            batch_loss, batch_count = loop.loss(*batch.on(loop.numerics.device))
+        loss_sum += float(batch_loss)
+        count += batch_count
+    for module in training_modules:
+        module.training = True
+    return loss_sum / count
+
+
+def learning_rate_at(step: int, stage: PlannedStage, training: TrainingSpec) -> float:
+    """Return the learning rate of step `step` (from 0): linear warm-up, then constant or cosine.
+
+    The first step of a warm-up has a rate above zero, and the cosine reaches zero only after the
+    last step, so that no step is wasted.
+    """
+    if step < stage.warmup_steps:
+        return stage.learning_rate * (step + 1) / (stage.warmup_steps + 1)
+    if training.learning_rate_schedule is LearningRateSchedule.CONSTANT:
+        return stage.learning_rate
+    done = (step - stage.warmup_steps) / (stage.steps - stage.warmup_steps)
+    return stage.learning_rate * 0.5 * (1 + math.cos(math.pi * done))
+
+
+def _judge(
+    state: TrainingState, validation_loss: float, early_stopping: EarlyStoppingSpec | None
+) -> None:
+    """Compare the new validation loss with the best, and count the patience down.
+
+    The state before the first step is judged too: a stage that only does harm hands on what it got.
+    """
+    progress = state.loop
+    if not math.isfinite(validation_loss):
+        raise DivergedError(f"step {progress.step}: validation loss {validation_loss}")
+    progress.validation_loss = validation_loss
+    progress.validated_step = progress.step
+    if progress.step == 0:
+        progress.initial_validation_loss = validation_loss
+    if progress.best_validation_loss is None or validation_loss < progress.best_validation_loss:
+        progress.best_validation_loss = validation_loss
+        progress.best_step = progress.step
+        if state.keeps_best:
+            state.keep_best()
+    # What is handed on is the best; minDelta decides on patience alone.
+    min_delta = early_stopping.min_delta if early_stopping else 0.0
+    reference = progress.patience_reference
+    if reference is None or validation_loss < reference - min_delta:
+        progress.patience_reference = validation_loss
+        progress.validations_without_gain = 0
+    else:
+        progress.validations_without_gain += 1
+    if early_stopping and progress.validations_without_gain >= early_stopping.patience:
+        progress.stopped_early = True
+
+
+def _log_validation(loop: StageLoop, progress: LoopState) -> None:
+    loop.log.write(
+        ProgressKind.VALIDATION,
+        step=progress.step,
+        total_steps=loop.stage.steps,
+        validation_loss=progress.validation_loss,
+    )

@@ -1,0 +1,48 @@
+"""`Full`: the weights of the stage's layers train."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from stagetune_api.spec import LayerRange
+from stagetune_api.stage import PlannedStage
+from stagetune_trainer.decoder import Decoder
+
+
+class FullMethod:
+    """Opens whole layers, and the embeddings or the final norm and head where the stage says so."""
+
+    def __init__(self) -> None:
+        self._handed_on_dtype = torch.float32
+
+    def open(self, decoder: Decoder, stage: PlannedStage) -> dict[str, nn.Parameter]:
+        """Make the stage's parameters trainable, in fp32, and return them by their model name.
+
+        Masters are fp32 whatever the model computes in: in bf16 a small update rounds away.
+        """
+        self._handed_on_dtype = decoder.model.dtype
+        modules = [module for _, module in decoder.group(stage.layers)]
+        if stage.embeddings:
+            modules.append(decoder.embeddings)
+        if stage.head:
+            modules += [*decoder.final_norms, decoder.head]
+        wanted = {id(parameter) for module in modules for parameter in module.parameters()}
+        opened = {}
+        for name, parameter in decoder.model.named_parameters():
+            if id(parameter) in wanted:
+                parameter.data = parameter.data.float()
+                parameter.requires_grad_(True)
+                opened[name] = parameter
+        return opened
+
+    def output(self, decoder: Decoder, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return the trained tensors in the number format that the frozen model computes in."""
+        return {name: tensor.to(self._handed_on_dtype) for name, tensor in trained.items()}
+
+    @torch.no_grad()
+    def apply(self, decoder: Decoder, layers: LayerRange, tensors: Mapping[str, Tensor]) -> None:
+        """Overwrite the base's weights with a finished stage's."""
+        parameters = dict(decoder.model.named_parameters())
+        for name, tensor in tensors.items():
+            parameters[name].copy_(tensor)
