@@ -9,25 +9,28 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
-
-from pydantic import BaseModel, ValidationError
 
 from stagetune.listeners import Listeners
 from stagetune.manifest_file import ManifestFile
-from stagetune.run_lock import locked
+from stagetune.run_lock import RunIsBusyError, locked
+from stagetune.run_record import (
+    changed_fields,
+    changed_inputs,
+    finished_report,
+    read_plan,
+    read_report,
+)
 from stagetune.run_report import write_run_report
 from stagetune.status_board import StatusBoard
 from stagetune.trainer_process import Interruption, log_tail, run_trainer
 from stagetune_api import names
-from stagetune_api.artifact import ArtifactError, ArtifactKind, digest_of_json, verify_artifact
+from stagetune_api.artifact import ArtifactError, ArtifactKind, verify_artifact
 from stagetune_api.facts import Facts
 from stagetune_api.files import write_file_atomically
 from stagetune_api.names import RunLayout, StageLayout, TrainerExitCode
-from stagetune_api.problems import InvalidManifestError, Problem, ProblemReason
+from stagetune_api.problems import InvalidManifestError
 from stagetune_api.progress import Progress
-from stagetune_api.report import Failure, FailureClass, Outcome, StageReport
-from stagetune_api.spec import StagedFineTune
+from stagetune_api.report import Failure, FailureClass, StageReport
 from stagetune_api.stage import ParentRef, PlannedStage, StageConfig, Task
 from stagetune_api.status import (
     ConditionReason,
@@ -39,7 +42,6 @@ from stagetune_operator.estimate import Machine
 from stagetune_operator.plan import Plan, make_plan
 
 _LOCK_WAIT_SECONDS = 60.0
-_Model = TypeVar("_Model", bound=BaseModel)
 
 
 class RunFailedError(Exception):
@@ -70,77 +72,19 @@ def run_locally(
     if problems:
         raise InvalidManifestError(problems)
     interruption = Interruption()
-    with (
-        interruption.handled(),
-        locked(
-            layout.lock,
-            wait_seconds=_LOCK_WAIT_SECONDS,
-            on_wait=listeners.on_message,
-            gives_up=interruption.is_requested,
-        ) as descriptor,
-    ):
-        return _Run(file, layout, listeners, interruption, descriptor).to_its_end()
-
-
-def changed_fields(manifest: StagedFineTune, layout: RunLayout) -> list[Problem]:
-    """Return a problem for each field that differs from the run that is prepared in `layout`.
-
-    A run is one manifest: what is trained already was trained as it said then.
-    """
-    path = layout.root / names.RUN_MANIFEST_FILE
-    if not path.exists() or not layout.plan.exists():
-        return []
-    before = _comparable(_read(StagedFineTune, path, "the manifest that the run was planned with"))
-    now = _comparable(manifest)
-    return [
-        Problem(
-            path=f"spec.{field}",
-            reason=ProblemReason.CONFLICT,
-            message=f"is {after!r}, and was {earlier!r} when the run in {layout.root} was planned; "
-            "put it back, or give the run another metadata.name",
-        )
-        for field, earlier, after in _differences(before, now)
-    ]
-
-
-def _comparable(manifest: StagedFineTune) -> dict[str, object]:
-    """Return the spec without what may change at any time because it changes no result."""
-    return manifest.spec.model_dump(
-        mode="json", exclude={"training": {"checkpoint_interval_seconds"}}
+    lock = locked(
+        layout.lock,
+        wait_seconds=_LOCK_WAIT_SECONDS,
+        on_wait=listeners.on_message,
+        gives_up=interruption.is_requested,
     )
-
-
-def _read(model: type[_Model], path: Path, what: str) -> _Model:
-    """Return the file at `path` as `model`; a damaged one is a problem that names it."""
     try:
-        return model.model_validate_json(path.read_bytes())
-    except (ValidationError, OSError) as error:
-        raise InvalidManifestError(
-            [
-                Problem(
-                    path=str(path),
-                    reason=ProblemReason.INVALID,
-                    message=f"{what} cannot be read ({type(error).__name__}); move the run's "
-                    "folder aside, or give the run another metadata.name",
-                )
-            ]
-        ) from None
-
-
-def _differences(before: object, now: object, path: str = "") -> list[tuple[str, object, object]]:
-    """Return (path, before, now) of every leaf that differs."""
-    if before == now:
-        return []
-    if isinstance(before, dict) and isinstance(now, dict):
-        keys = [*before, *(key for key in now if key not in before)]
-        return [
-            difference
-            for key in keys
-            for difference in _differences(
-                before.get(key), now.get(key), f"{path}.{key}" if path else key
-            )
-        ]
-    return [(path, before, now)]
+        with interruption.handled(), lock as descriptor:
+            return _Run(file, layout, listeners, interruption, descriptor).to_its_end()
+    except RunIsBusyError:
+        if interruption.is_requested():
+            raise RunInterruptedError("nothing was at work") from None
+        raise
 
 
 class _Run:
@@ -180,7 +124,7 @@ class _Run:
         """Fetch and tokenise, unless that is done with the same input and still verifies."""
         layout = self._layout.task("prepare")
         config = self._config(Task.PREPARE, layout)
-        report = self._finished(layout, config)
+        report = finished_report(layout, config)
         facts = report.facts if report else None
         if facts is None or not self._is_sound(facts):
             self._board.enter(RunState.PREPARING, ConditionReason.PREPARING)
@@ -211,11 +155,10 @@ class _Run:
 
     def _plan(self, facts: Facts, machine: Machine) -> Plan:
         """Return the run's plan: the one it was started with, or a new one."""
-        plan: Plan | None
-        if self._layout.plan.exists():
-            # A later version may plan differently; a run that has begun keeps its plan.
-            plan = _read(Plan, self._layout.plan, "the plan of the run")
-            problems = _changed_inputs(plan, facts)
+        # A later version may plan differently; a run that has begun keeps its plan.
+        plan = read_plan(self._layout)
+        if plan is not None:
+            problems = changed_inputs(plan, facts)
         else:
             result = make_plan(self._spec, facts, machine)
             plan, problems = (None, result) if isinstance(result, list) else (result, [])
@@ -237,7 +180,7 @@ class _Run:
         for stage in plan.stages:
             layout = self._layout.stage(stage.directory)
             config = self._config(Task.TRAIN, layout, facts, stage=stage, chain=chain)
-            report = self._finished(layout, config)
+            report = finished_report(layout, config)
             if report is None or not self._output_is_sound(stage, report):
                 report = self._train_stage(stage, config, layout)
             if report.output is None:
@@ -288,7 +231,7 @@ class _Run:
     def _evaluate(self, plan: Plan, facts: Facts, chain: list[ParentRef]) -> None:
         layout = self._layout.task("evaluate")
         config = self._config(Task.EVALUATE, layout, facts, chain=chain, stages=plan.stages)
-        report = self._finished(layout, config)
+        report = finished_report(layout, config)
         if report is None:
             self._board.enter(RunState.EVALUATING, ConditionReason.EVALUATING)
             report = self._run_task(config, layout, ConditionReason.EVALUATION_FAILED)
@@ -299,7 +242,7 @@ class _Run:
     def _export(self, plan: Plan, facts: Facts, chain: list[ParentRef]) -> str:
         layout = self._layout.task("export")
         config = self._config(Task.EXPORT, layout, facts, chain=chain, stages=plan.stages)
-        report = self._finished(layout, config)
+        report = finished_report(layout, config)
         if report is None or not self._export_is_sound(report):
             self._board.enter(RunState.EXPORTING, ConditionReason.EXPORTING)
             report = self._run_task(config, layout, ConditionReason.EXPORT_FAILED)
@@ -350,16 +293,6 @@ class _Run:
             stages=list(stages or []),
         )
 
-    def _finished(self, layout: StageLayout, config: StageConfig) -> StageReport | None:
-        """Return the report of `config`'s task if it has been done with the same input."""
-        try:
-            report = StageReport.model_validate_json(layout.report.read_bytes())
-            earlier = StageConfig.model_validate_json(layout.config.read_bytes())
-        except (OSError, ValidationError):
-            return None
-        same = _input_digest(earlier) == _input_digest(config)
-        return report if same and report.outcome is Outcome.SUCCEEDED else None
-
     def _run_task(
         self,
         config: StageConfig,
@@ -384,7 +317,7 @@ class _Run:
             interruption=self._interruption,
             lock_descriptor=self._lock_descriptor,
         )
-        report = _read_report(layout)
+        report = read_report(layout)
         if code == TrainerExitCode.SUCCEEDED and report is not None:
             return report
         if code == TrainerExitCode.INTERRUPTED or (code < 0 and self._interruption.is_requested()):
@@ -396,49 +329,12 @@ class _Run:
         raise RunFailedError(config.stage.name if config.stage else config.task.value, failure)
 
 
-def _changed_inputs(plan: Plan, facts: Facts) -> list[Problem]:
-    """Return a problem for model and data that are not those the plan was made for."""
-    now = {"model": facts.model.digest, "dataset": facts.data.digest}
-    planned = {"model": plan.model_digest, "dataset": plan.data_digest}
-    return [
-        Problem(
-            path=f"spec.{name}.source",
-            reason=ProblemReason.CONFLICT,
-            message="holds something else than when the run was planned; put it back, or give the "
-            "run another metadata.name",
-        )
-        for name in now
-        if now[name] != planned[name]
-    ]
-
-
 def _machine(prepare: StageReport) -> Machine:
     """Return what the plan has to fit into: the GPU that prepare saw, or this machine's memory."""
     if prepare.device == "cuda":
         return Machine(is_gpu=True)
     memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return Machine(is_gpu=False, memory_bytes=memory_bytes)
-
-
-def _input_digest(config: StageConfig) -> str:
-    """Return the digest of all in a stage file that decides its result.
-
-    Where things lie and how often to save does not; digests say what the folders hold.
-    """
-    places = {"run_directory", "models_directory", "manifest_directory", "model_directory"}
-    if config.task is Task.PREPARE:
-        # Relative sources count from there, and prepare is the one to read them.
-        places.remove("manifest_directory")
-    data = config.model_dump(mode="json", exclude={"attempt", "chain", *places})
-    del data["training"]["checkpointIntervalSeconds"]
-    return digest_of_json({**data, "chain": [parent.digest for parent in config.chain]})
-
-
-def _read_report(layout: StageLayout) -> StageReport | None:
-    try:
-        return StageReport.model_validate_json(layout.report.read_bytes())
-    except (OSError, ValidationError):
-        return None
 
 
 def _died(code: int, layout: StageLayout) -> Failure:

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from stagetune.local_run import changed_fields
 from stagetune.manifest_file import read_manifest_file
 from stagetune.run_lock import RunIsBusyError, locked
+from stagetune.run_record import changed_fields
 from stagetune.status_board import StatusBoard
 from stagetune_api import names
 from stagetune_api.names import RunLayout

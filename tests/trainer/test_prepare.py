@@ -19,6 +19,7 @@ from stagetune_api.facts import Facts
 from stagetune_api.report import Outcome
 from stagetune_api.spec import DataFormat, LayerRange
 from stagetune_api.stage import PlannedStage, RowRange, StageConfig, StageEstimate, Task
+from stagetune_trainer.checkpoint import Fence
 from stagetune_trainer.data.batches import (
     open_general_rows,
     open_training_rows,
