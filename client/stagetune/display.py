@@ -124,7 +124,7 @@ def stage_table(status: StagedFineTuneStatus) -> Table:
     table = Table(title=title, caption_justify="left", title_justify="left")
     table.add_column("stage")
     table.add_column("state")
-    for name in ("step", "loss", "validation", "tokens/s", "ETA", "peak memory"):
+    for name in ("step", "loss", "validation", "tokens/s", "time", "peak memory"):
         table.add_column(name, justify="right")
     for stage in status.stages:
         style = _STATE_STYLES[stage.state]
@@ -134,13 +134,13 @@ def stage_table(status: StagedFineTuneStatus) -> Table:
 
 def _stage_cells(stage: StageStatus) -> list[str]:
     measured = stage.measured
-    eta = "" if stage.eta_seconds is None else format_duration(stage.eta_seconds)
+    left = "" if stage.eta_seconds is None else f"{format_duration(stage.eta_seconds)} left"
     return [
         f"{stage.step}/{stage.total_steps}",
         _number(stage.loss, 4),
         _number(stage.validation_loss, 4),
         _number(stage.tokens_per_second, 0),
-        format_duration(measured.seconds) if measured else eta,
+        format_duration(measured.seconds) if measured else left,
         format_bytes(measured.peak_memory_bytes) if measured else "",
     ]
 
