@@ -1,0 +1,150 @@
+"""A stage's folder on the volume: its checkpoints and its output, all of one identity.
+
+`train` computes, this keeps: every artifact of a stage says which base, data, parent and settings
+it was made with, and one of another identity is never gone on from.
+"""
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from stagetune_api import names
+from stagetune_api.artifact import (
+    ArtifactContent,
+    ArtifactFile,
+    ArtifactKind,
+    ArtifactManifest,
+    digest_of_json,
+)
+from stagetune_api.progress import ProgressKind
+from stagetune_api.report import CheckpointRef
+from stagetune_api.stage import PlannedStage, StageConfig
+from stagetune_trainer.checkpoint import (
+    Fence,
+    newest_good_checkpoint,
+    provenance_of,
+    prune_checkpoints,
+    publish_directory,
+    remove_drafts,
+)
+from stagetune_trainer.metrics import ProgressLog
+from stagetune_trainer.training_state import RandomState, TrainingState
+
+_STATE_FORMAT = 1
+"""Raised when a checkpoint of before can no longer be gone on from."""
+
+
+def settings_digest(config: StageConfig) -> str:
+    """Return the digest of all that decides a stage's numbers.
+
+    Estimates and how often to save are left out: they change no bit of the result.
+    """
+    stage = config.stage
+    if stage is None:
+        raise ValueError("only a Train task has settings")
+    training = config.training.model_dump(mode="json", exclude={"checkpoint_interval_seconds"})
+    return digest_of_json(
+        {
+            "method": config.method.model_dump(mode="json"),
+            "training": training,
+            "stage": stage.model_dump(mode="json", exclude={"estimate"}),
+            "model": config.model_digest,
+            "data": config.data_digest,
+            "parent": config.chain[-1].digest if config.chain else config.model_digest,
+            "format": _STATE_FORMAT,
+        }
+    )
+
+
+@dataclass(kw_only=True)
+class StageFolder:
+    """Where one attempt at a stage resumes from, saves to and publishes its output."""
+
+    config: StageConfig
+    stage: PlannedStage
+    fence: Fence
+    log: ProgressLog
+    started: float
+    """Monotonic time at which the process began."""
+    layout: names.StageLayout = field(init=False)
+    earlier_seconds: float = field(init=False, default=0.0)
+    """Seconds of the attempts before this one, as far as a checkpoint knows them."""
+    _settings: str = field(init=False)
+    _saved_step: int | None = field(init=False, default=None)
+
+    def __post_init__(self) -> None:
+        run = names.RunLayout(Path(self.config.run_directory))
+        self.layout = run.stage(self.stage.directory)
+        self._settings = settings_digest(self.config)
+        self.layout.checkpoints.mkdir(parents=True, exist_ok=True)
+        remove_drafts(self.layout.root)
+        remove_drafts(self.layout.checkpoints)
+
+    def resume(self, state: TrainingState) -> None:
+        """Go on from the newest sound checkpoint of the same settings, if there is one."""
+        found = newest_good_checkpoint(
+            self.layout.checkpoints,
+            settings=self._settings,
+            on_bad=lambda error: self.log.message(f"not used and moved aside: {error}"),
+        )
+        if found is not None:
+            state.load(found[0])
+            self._saved_step = state.loop.step
+            self.earlier_seconds = state.loop.elapsed_seconds
+            self.log.message(f"going on from step {state.loop.step} ({found[0]})")
+        self.log.forget_after(state.loop.step)
+
+    def save(self, state: TrainingState, random_state: RandomState) -> None:
+        """Publish a checkpoint, unless this step's is on the disk already."""
+        step = state.loop.step
+        if step == self._saved_step:
+            return
+        state.loop.elapsed_seconds = self.earlier_seconds + time.monotonic() - self.started
+        final = self.layout.checkpoints / names.checkpoint_directory_name(step)
+        manifest = publish_directory(
+            final,
+            lambda draft: state.save(draft, random_state),
+            content=lambda files: self._content(ArtifactKind.CHECKPOINT, step, files),
+            provenance=provenance_of(self.config.run_name, self.config.attempt),
+            before_rename=self.fence.check,
+        )
+        self._saved_step = step
+        prune_checkpoints(self.layout.checkpoints)
+        self.log.write(
+            ProgressKind.CHECKPOINT,
+            step=step,
+            checkpoint=CheckpointRef(path=str(final), digest=manifest.digest, step=step),
+        )
+
+    def publish_output(self, tensors: Mapping[str, Tensor], step: int) -> ArtifactManifest:
+        """Publish what the stage hands on."""
+        weights = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        manifest = publish_directory(
+            self.layout.output,
+            lambda draft: save_file(weights, draft / names.WEIGHTS_FILE, metadata={"format": "pt"}),
+            content=lambda files: self._content(ArtifactKind.STAGE_OUTPUT, step, files),
+            provenance=provenance_of(self.config.run_name, self.config.attempt),
+            before_rename=self.fence.check,
+        )
+        self.log.message(f"published {self.layout.output} with digest {manifest.digest[:12]}")
+        return manifest
+
+    def _content(
+        self, kind: ArtifactKind, step: int, files: Sequence[ArtifactFile]
+    ) -> ArtifactContent:
+        chain = self.config.chain
+        return ArtifactContent(
+            kind=kind,
+            name=self.stage.name,
+            base=self.config.model_digest,
+            data=self.config.data_digest,
+            parent=chain[-1].digest if chain else self.config.model_digest,
+            layers=self.stage.layers,
+            step=step,
+            settings=self._settings,
+            files=list(files),
+        )
