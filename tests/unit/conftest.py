@@ -10,28 +10,9 @@ import pytest
 from jsonschema import Draft202012Validator
 from ruamel.yaml import YAML
 
+from manifest_cases import edited
 from stagetune_api.schema import CRD_FILE
 from stagetune_api.structural import Node
-
-MANIFEST = """
-apiVersion: stagetune.io/v1alpha1
-kind: StagedFineTune
-metadata:
-  name: finance-qa
-  namespace: team-a
-  uid: 0c4a3e62-5d8f-4c9a-9a52-0d8f7c1d9a11
-spec:
-  model:
-    source: hf://Qwen/Qwen2.5-7B-Instruct
-  dataset:
-    source: file://finance.jsonl
-    validation:
-      fraction: 0.05
-  schedule:
-    layersPerStage: 4
-  training:
-    learningRate: 1e-4
-"""
 
 
 class ApiServer:
@@ -152,18 +133,4 @@ def server(crd: Node) -> ApiServer:
 @pytest.fixture(scope="session")
 def manifest() -> Callable[..., Node]:
     """Return a function that gives a sound manifest with edits by path; None takes a field away."""
-
-    def edited(edits: Mapping[str, Any] | None = None) -> Node:
-        document: Node = YAML(typ="safe").load(MANIFEST)
-        for path, value in (edits or {}).items():
-            *parents, last = path.split(".")
-            place = document
-            for part in parents:
-                place = place.setdefault(part, {})
-            if value is None:
-                place.pop(last, None)
-            else:
-                place[last] = copy.deepcopy(value)
-        return document
-
     return edited
