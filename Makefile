@@ -7,7 +7,7 @@ PYTHON ?= python3
 UV := $(or $(shell command -v uv 2>/dev/null),$(CACHE)/uv-$(UV_VERSION)/bin/uv)
 RUN := $(UV) run --frozen --no-sync
 
-.PHONY: help setup quickstart test lint crds bench-flops clean
+.PHONY: help setup quickstart test cluster-up cluster-down lint crds bench-flops clean
 
 help:  ## Show these commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/ \t/' | expand -t 16
@@ -30,6 +30,12 @@ quickstart: setup  ## Tune a real small model in stages and compare it with the 
 
 test: setup  ## Run every test tier that this machine can
 	$(RUN) python -m pytest
+
+cluster-up: setup  ## Start a Kubernetes control plane without root; says how to use it
+	PYTHONPATH=tests/support $(RUN) python -m local_cluster up
+
+cluster-down: setup  ## End it
+	PYTHONPATH=tests/support $(RUN) python -m local_cluster down
 
 lint: setup  ## Formatting, lint, types, layers, generated files
 	$(RUN) ruff format --check .
