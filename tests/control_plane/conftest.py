@@ -31,6 +31,7 @@ def cluster(
     scratch = tmp_path_factory.mktemp("cluster")
     given = os.environ.get(KUBECONFIG_VARIABLE)
     with ExitStack() as stack:
+        stack.callback(shutil.rmtree, scratch)
         if given:
             kubeconfig, kubectl = Path(given), find_kubectl()
         else:

@@ -6,7 +6,6 @@ pytest-xdist has it.
 """
 
 import json
-from collections.abc import Iterator
 from http import HTTPStatus
 from pathlib import Path
 from typing import Any
@@ -77,7 +76,7 @@ class Runs:
 
 
 @pytest.fixture(scope="session")
-def runs(cluster: Cluster, crd: str, namespace: str) -> Iterator[Runs]:
+def runs(cluster: Cluster, crd: str, namespace: str) -> Runs:
     """StagedFineTunes of the test's namespace."""
     return Runs(cluster, namespace)
 
@@ -229,6 +228,15 @@ def test_started_run_refuses_a_change(field: str, runs: Runs) -> None:
     refused = causes(runs.replace(changed, **DRY_RUN))
     message = f"spec.{field} cannot change once the run has started"
     assert [at for at, text in refused if message in text] == [f"spec.{field}"]
+
+
+@pytest.mark.parametrize("field", ["protection", "runtime", "storage", "evaluation", "serve"])
+def test_started_run_refuses_that_a_section_is_removed(field: str, runs: Runs) -> None:
+    started = runs.started(f"remove-{field}", {f"spec.{field}": CHANGES[field]})
+    spec = {name: value for name, value in started["spec"].items() if name != field}
+    ((at, text),) = causes(runs.replace({**started, "spec": spec}, **DRY_RUN))
+    assert at == f"spec.{field}"
+    assert f"spec.{field} cannot change" in text
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,9 @@ def test_modules_that_cannot_be_had_are_named_with_a_cure(
     calls: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("FAILS", "list")
-    with pytest.raises(BinariesUnavailableError, match=r"no route to the module proxy\n.*GOPROXY"):
+    with pytest.raises(
+        BinariesUnavailableError, match=r"\(no route to the module proxy\); .*GOPROXY"
+    ):
         provide_binaries(lambda _: None)
 
 

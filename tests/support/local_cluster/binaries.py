@@ -26,7 +26,7 @@ PROGRAMS = (
 SOURCES = Path(__file__).parent / "program"
 VERSION_PACKAGE = "k8s.io/component-base/version"
 NEEDED_BYTES = 6 * 10**9
-"""The modules, Go's build cache and the program; 4.3 GB when it was last measured."""
+"""The modules, Go's build cache and the program; 4.8 GB when it was last measured."""
 
 
 class BinariesUnavailableError(Exception):
@@ -126,10 +126,10 @@ def _download(go: str, environment: Mapping[str, str], lock: int) -> None:
         pass_fds=[lock],
     )
     if listed.returncode != 0:
-        last = "\n".join(listed.stderr.strip().splitlines()[-3:])
+        last = listed.stderr.strip().rpartition("\n")[2]
         raise BinariesUnavailableError(
-            f"Go cannot get the modules of the test cluster: {last}\nIt takes Go 1.26 or newer "
-            "and a module proxy that can be reached (GOPROXY); or give a cluster by "
+            f"Go cannot get the modules of the test cluster ({last}); it takes Go 1.26 or newer "
+            "and a module proxy that can be reached (GOPROXY), or give a cluster by "
             "STAGETUNE_TEST_KUBECONFIG"
         )
 

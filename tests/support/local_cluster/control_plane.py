@@ -117,6 +117,9 @@ class _Start:
             f"--kubeconfig={config}",
             f"--bind-address={HOST}",
             "--leader-elect=false",
+            # By default a client waits to ask for no more than 20 a second, also at the start.
+            "--kube-api-qps=500",
+            "--kube-api-burst=1000",
             *self._serving_options(),
         ]
         self._start(
