@@ -88,6 +88,14 @@ def finished(
     return make
 
 
+@pytest.fixture
+def moved(finished: Callable[..., Path], tmp_path: Path) -> Path:
+    """A finished run, moved with its base models to another place."""
+    source = finished()
+    shutil.copytree(source.parent / "_models", tmp_path / "_models")
+    return Path(shutil.copytree(source, tmp_path / "run"))
+
+
 def wait_until(condition: Callable[[], bool], what: str) -> None:
     deadline = time.monotonic() + TIMEOUT_SECONDS
     while not condition():
@@ -225,11 +233,9 @@ def test_ctrl_c_saves_and_leaves_and_the_same_command_goes_on(
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "zero", "remove", "swap"])
 def test_damaged_output_is_named_and_made_again(
-    damage: str, finished: Callable[..., Path], write_manifest: WriteManifest, tmp_path: Path
+    damage: str, finished: Callable[..., Path], write_manifest: WriteManifest, moved: Path
 ) -> None:
-    run_directory = tmp_path / "run"
-    manifest = write_manifest()
-    done(manifest, run_directory)
+    run_directory, manifest = moved, write_manifest()
     stages = run_directory / "stages"
     file = stages / "01-layers-0-1" / "output" / names.WEIGHTS_FILE
     data = file.read_bytes()
@@ -256,21 +262,31 @@ def test_damaged_output_is_named_and_made_again(
 
 
 def test_damaged_data_and_base_model_are_prepared_again(
-    finished: Callable[..., Path], write_manifest: WriteManifest, tmp_path: Path
+    finished: Callable[..., Path], write_manifest: WriteManifest, moved: Path
 ) -> None:
-    run_directory = tmp_path / "run"
-    manifest = write_manifest()
-    done(manifest, run_directory)
+    run_directory, manifest = moved, write_manifest()
+    done(manifest, run_directory)  # prepare has looked at the moved run
     shutil.rmtree(run_directory / "stages" / "02-layers-2-3")
     rows = next((run_directory / "prepare" / "data").rglob("*.arrow"))
     rows.write_bytes(rows.read_bytes()[:-8])
-    model = next((tmp_path / "_models").rglob("model.safetensors"))
+    model = next((moved.parent / "_models").rglob("model.safetensors"))
     content = model.read_bytes()
-    model.unlink()  # a hard link to the source, which must stay as it is
     model.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     output = done(manifest, run_directory)
     assert "preparing again" in output
     assert_same_weights(finished(), run_directory)
+
+
+def test_moved_run_is_as_finished_as_before(moved: Path, write_manifest: WriteManifest) -> None:
+    """Prepare looks again, since the manifest has moved too; nothing else is done again."""
+
+    def attempts() -> list[Path]:
+        return sorted(path for path in moved.rglob("fence/*") if "prepare" not in path.parts)
+
+    before = attempts()
+    assert before
+    done(write_manifest(), moved)
+    assert attempts() == before
 
 
 def test_changed_manifest_of_a_planned_run_is_refused_with_every_field(
