@@ -11,7 +11,12 @@ from pathlib import Path
 from rich.console import Console
 
 from stagetune.display import make_display
-from stagetune.local_run import RunFailedError, RunInterruptedError, run_locally
+from stagetune.local_run import (
+    RunFailedError,
+    RunInterruptedError,
+    cluster_sections,
+    run_locally,
+)
 from stagetune.manifest_file import ManifestFile, read_manifest_file
 from stagetune.planning import Assumptions, facts_for_plan
 from stagetune.run_lock import RunIsBusyError
@@ -21,9 +26,11 @@ from stagetune.trainer_process import trainer_is_installed
 from stagetune.views import print_model, print_plan, print_problems, print_report, print_status
 from stagetune_api.names import ExitCode, RunLayout
 from stagetune_api.problems import InvalidManifestError
+from stagetune_api.validation import Runner, check_runner
 from stagetune_operator.plan import make_plan
 
 _OUTPUTS = ("text", "json", "yaml")
+_RUNNERS = {"cluster": Runner.CLUSTER, "local": Runner.LOCAL}
 _PIPE_WIDTH = 200
 """Columns of a table that goes into a file or a pipe."""
 
@@ -54,6 +61,8 @@ def run(options: argparse.Namespace, out: Console, err: Console) -> int:
         err.print("This needs the trainer's packages: pip install 'stagetune[trainer]'")
         return ExitCode.FAILED
     file = read_manifest_file(options.file)
+    if passed_over := cluster_sections(file.manifest.spec):
+        _print_line(out, f"On clusters only, without effect here: {', '.join(passed_over)}.")
     try:
         with make_display(out) as listeners:
             report = run_locally(file, _run_directory(options, file), listeners)
@@ -70,7 +79,11 @@ def run(options: argparse.Namespace, out: Console, err: Console) -> int:
 def validate(options: argparse.Namespace, out: Console, err: Console) -> int:
     """Say everything that is wrong with a manifest."""
     file = read_manifest_file(options.file)
-    _print_line(out, f"{options.file}: {file.manifest.metadata.name} is valid.")
+    where = _RUNNERS.get(options.runner)
+    if where and (problems := check_runner(file.manifest.spec, where)):
+        raise InvalidManifestError(file.with_lines(problems))
+    suffix = f" for {options.runner} runs" if where else ""
+    _print_line(out, f"{options.file}: {file.manifest.metadata.name} is valid{suffix}.")
     return ExitCode.DONE
 
 
@@ -139,7 +152,10 @@ def _make_parser() -> argparse.ArgumentParser:
 
     manifest = "a StagedFineTune manifest (YAML)"
     add("run", run, "Run a manifest on this machine, or go on with it.", manifest)
-    add("validate", validate, "Say everything that is wrong with a manifest.", manifest)
+    checker = add("validate", validate, "Say everything that is wrong with a manifest.", manifest)
+    checker.add_argument(
+        "--runner", choices=tuple(_RUNNERS), help="also say what keeps it from running there"
+    )
     planner = add("plan", plan, "Show the stages and what they will need.", manifest)
     planner.add_argument(
         "--model-config", type=Path, metavar="FILE", help="config.json of a model not fetched yet"

@@ -17,6 +17,7 @@ from stagetune_api.status import StagedFineTuneStatus, StageState, StageStatus
 _SECONDS_BETWEEN_LINES = 10.0
 _STATE_STYLES = {
     StageState.PENDING: "dim",
+    StageState.QUEUED: "dim",
     StageState.RUNNING: "bold cyan",
     StageState.SUCCEEDED: "green",
     StageState.INTERRUPTED: "yellow",

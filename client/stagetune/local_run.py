@@ -31,6 +31,7 @@ from stagetune_api.names import RunLayout, StageLayout, TrainerExitCode
 from stagetune_api.problems import InvalidManifestError
 from stagetune_api.progress import Progress
 from stagetune_api.report import Failure, FailureClass, StageReport
+from stagetune_api.spec import StagedFineTuneSpec
 from stagetune_api.stage import ParentRef, PlannedStage, StageConfig, Task
 from stagetune_api.status import (
     ConditionReason,
@@ -38,6 +39,7 @@ from stagetune_api.status import (
     RunState,
     StageState,
 )
+from stagetune_api.validation import Runner, check_runner
 from stagetune_operator.estimate import Machine
 from stagetune_operator.plan import Plan, make_plan
 
@@ -65,10 +67,14 @@ def run_locally(
     """Bring the run in `run_directory` to its end and return the path of its report.
 
     Raises InvalidManifestError with all problems before anything is trained, RunFailedError,
-    RunInterruptedError after saving, and RunIsBusyError where another process has the run.
+    RunInterruptedError after saving, and RunIsBusyError where another process has the run. What
+    only a cluster can run, and a changed manifest, are refused before anything is written.
     """
     layout = RunLayout(run_directory.resolve())
-    problems = changed_fields(file.manifest, layout)
+    problems = [
+        *file.with_lines(check_runner(file.manifest.spec, Runner.LOCAL)),
+        *changed_fields(file.manifest, layout),
+    ]
     if problems:
         raise InvalidManifestError(problems)
     interruption = Interruption()
@@ -85,6 +91,12 @@ def run_locally(
         if interruption.is_requested():
             raise RunInterruptedError("nothing was at work") from None
         raise
+
+
+def cluster_sections(spec: StagedFineTuneSpec) -> list[str]:
+    """Return the paths of what `spec` gives and a run on this machine passes over."""
+    sections = {"runtime": spec.runtime, "storage": spec.storage, "retry": spec.retry}
+    return [f"spec.{name}" for name, section in sections.items() if section is not None]
 
 
 class _Run:

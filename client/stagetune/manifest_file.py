@@ -1,7 +1,7 @@
 """Reading a manifest as kubectl does, with the lines of what is wrong in it."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,11 +22,17 @@ class ManifestFile:
     """The YAML file."""
     manifest: StagedFineTune
     """What it says."""
+    positions: Any = field(default=None, repr=False, compare=False)
+    """The same document as ruamel.yaml reads it to keep its lines; None where it was no text."""
 
     @property
     def directory(self) -> Path:
         """The folder that relative file:// sources count from."""
         return self.path.resolve().parent
+
+    def with_lines(self, problems: Sequence[Problem]) -> list[Problem]:
+        """Return `problems` with the lines of the fields that they are about."""
+        return [_with_line(problem, self.positions) for problem in problems]
 
 
 def read_manifest_file(path: Path) -> ManifestFile:
@@ -57,7 +63,7 @@ def read_manifest_file(path: Path) -> ManifestFile:
     result = parse_manifest(document)
     if isinstance(result, list):
         raise InvalidManifestError([_with_line(problem, position) for problem in result])
-    return ManifestFile(path=path, manifest=result)
+    return ManifestFile(path=path, manifest=result, positions=position)
 
 
 def _unreadable(

@@ -40,9 +40,19 @@ def changed_fields(manifest: StagedFineTune, layout: RunLayout) -> list[Problem]
 
 
 def _comparable(manifest: StagedFineTune) -> dict[str, object]:
-    """Return the spec without what may change at any time because it changes no result."""
+    """Return the spec without what may change at any time because it changes no result.
+
+    Those are how often to save, and what counts on clusters only.
+    """
     return manifest.spec.model_dump(
-        mode="json", exclude={"training": {"checkpoint_interval_seconds"}}
+        mode="json",
+        exclude={
+            "training": {"checkpoint_interval_seconds"},
+            "runtime": True,
+            "storage": True,
+            "retry": True,
+            "suspend": True,
+        },
     )
 
 

@@ -17,6 +17,53 @@ RUN_NAME_MAX_LENGTH = 40
 STAGE_NAME_MAX_LENGTH = 16
 DNS_LABEL_PATTERN = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"
 
+LABEL_RUN = f"{GROUP}/run"
+"""Label of everything that belongs to a run: its name."""
+LABEL_TASK = f"{GROUP}/task"
+"""Label of Jobs and pods: `prepare`, `evaluate`, `export`, or the stage's folder, `01-layers-0-7`.
+"""
+LABEL_ATTEMPT = f"{GROUP}/attempt"
+"""Label of Jobs and pods: which Job for the task it is, from 1."""
+LABEL_MANAGED_BY = "app.kubernetes.io/managed-by"
+MANAGED_BY = "stagetune"
+LABEL_QUEUE = "kueue.x-k8s.io/queue-name"
+ANNOTATION_STAGE_CONFIG = f"{GROUP}/stage-config"
+"""Annotation of a pod: its StageConfig as JSON, which the pod reads as a file."""
+ANNOTATION_CONFIG_DIGEST = f"{GROUP}/config-digest"
+"""Annotation of a Job: digest of the StageConfig, by which the operator knows its own again."""
+ANNOTATION_INPUTS = f"{GROUP}/inputs"
+"""Annotation of a Job: the Jobs whose results it goes on from, as JSON by task."""
+ANNOTATION_MICRO_BATCH_SIZE = f"{GROUP}/micro-batch-size"
+"""Annotation of a Job: the micro-batch size its task is done with."""
+ANNOTATION_RUN_UID = f"{GROUP}/run-uid"
+"""Annotation of a claim that outlives its run: the run that it was made for."""
+
+PREPARE_TASK, EVALUATE_TASK, EXPORT_TASK = "prepare", "evaluate", "export"
+TRAINER_CONTAINER = "trainer"
+TASK_MOUNT = "/etc/stagetune/task"
+SECRETS_MOUNT = "/etc/stagetune/secrets"
+"""Where tokens lie in a pod: `model/token` and `dataset/token`."""
+TOKEN_KEY = "token"
+"""Key of a hub token in its Secret, and the name of its file."""
+PROGRESS_TOKEN_MOUNT = "/var/run/secrets/stagetune.io"
+VOLUME_MOUNT = "/stagetune"
+"""Where the run's volume is mounted: `runs/<directory>` and `models` below it."""
+MODELS_MOUNT = "/stagetune-models"
+CLAIMS_MOUNT = "/stagetune-claims"
+SECRETS_DIRECTORY_VARIABLE = "STAGETUNE_SECRETS_DIRECTORY"
+
+PROGRESS_URL_VARIABLE = "KUBEFLOW_TRAINER_SERVER_URL"
+"""Kubeflow's names, so that a Hugging Face Trainer reports without a change of its code."""
+PROGRESS_CA_VARIABLE = "KUBEFLOW_TRAINER_SERVER_CA_CERT"
+PROGRESS_TOKEN_VARIABLE = "KUBEFLOW_TRAINER_SERVER_TOKEN"
+PROGRESS_AUDIENCE = f"progress.{GROUP}"
+PROGRESS_INTERVAL_SECONDS = 5.0
+PROGRESS_MAX_BYTES = 65536
+TRAINER_METRICS_PORT = 9108
+OPERATOR_PROGRESS_PORT = 8080
+OPERATOR_METRICS_PORT = 9109
+OPERATOR_HEALTH_PORT = 8081
+
 FACTS_FILE = "facts.json"
 DATA_REPORT_FILE = "data-report.json"
 MANIFEST_FILE = "manifest.json"
@@ -63,6 +110,11 @@ class TrainerExitCode(IntEnum):
     INTERRUPTED = 45
     FENCED = 46
     INTERNAL = 47
+
+
+def job_name(run: str, task: str, attempt: int) -> str:
+    """Return the name of the Job for `task`, at most 63 characters for any name that is allowed."""
+    return f"{run}-{task}" if attempt == 1 else f"{run}-{task}-{attempt}"
 
 
 class RunLayout:

@@ -50,6 +50,8 @@ class Progress(ApiModel):
     """tokens that went through the stage so far, padding left out."""
     tokens_per_second: float | None = None
     """tokensPerSecond of the step."""
+    step_seconds: float | None = None
+    """stepSeconds that the step took, from its first row to the optimizer's update."""
     eta_seconds: float | None = None
     """etaSeconds until the last step, at the mean pace so far."""
     peak_memory_bytes: int | None = None

@@ -50,6 +50,8 @@ class Failure(ApiModel):
     """message for people, with the cure where there is one."""
     log_tail: Annotated[str, Field(max_length=8192)] = ""
     """logTail is the end of what the process logged."""
+    artifact: Annotated[str, Field(max_length=4096)] | None = None
+    """artifact is the path of the file or folder that was found damaged, where that was it."""
 
 
 class CheckpointRef(ApiModel):
@@ -129,6 +131,25 @@ class EvaluationResult(ApiModel):
     """samples of answers before and after."""
 
 
+class Timings(ApiModel):
+    """When the last attempt began, and what it spent before its first step.
+
+    From a pod's own start to `startTime` it is the container's runtime that works.
+    """
+
+    start_time: str
+    """startTime at which the kernel started the process, RFC 3339 in UTC with milliseconds."""
+    imports_seconds: float | None = None
+    """importsSeconds from startTime until the interpreter and all of the task's code were loaded.
+    """
+    load_seconds: float | None = None
+    """loadSeconds after that until model, data and checkpoint were verified and in place; of a
+    training stage alone."""
+    first_step_time: str | None = None
+    """firstStepTime at which the attempt's first step was done, in the form of startTime; the
+    validation before the first step lies before it."""
+
+
 class StageReport(ApiModel):
     """How one task of a run ended."""
 
@@ -136,18 +157,20 @@ class StageReport(ApiModel):
     """apiVersion of this file."""
     kind: Literal["StageReport"] = "StageReport"
     """kind of this file."""
-    task: Task
-    """task that was done."""
+    task: Task | None = None
+    """task that was done; absent where the process could not read which."""
     name: str
     """name of the stage, or of the task in lower case."""
     attempt: int
-    """attempt that wrote this report."""
+    """attempt that wrote this report; 0 where it failed before it had a number."""
     outcome: Outcome
     """outcome of the task."""
     failure: Failure | None = None
     """failure, unless it succeeded."""
     seconds: float = 0.0
     """seconds that the process took, imports and loading included, over all attempts."""
+    timings: Timings | None = None
+    """timings of the last attempt's start."""
     peak_memory_bytes: int = 0
     """peakMemoryBytes: of the GPU where there is one, else the resident memory of the process."""
     device: str = "cpu"
@@ -164,7 +187,11 @@ class StageReport(ApiModel):
     """export is the path of the exported folder."""
 
     def termination_message(self) -> str:
-        """Return the report as JSON of at most 4,096 bytes; log and samples are cut first."""
+        """Return the report as JSON of at most 4,096 bytes; log and samples are cut first.
+
+        Raises ValueError where what is left is still longer: the facts of a model whose layers
+        have some sixty linear modules each.
+        """
         short = self
         if self.evaluation is not None:
             evaluation = self.evaluation.model_copy(update={"samples": []})
@@ -173,17 +200,25 @@ class StageReport(ApiModel):
             text = _with_failure_text(short, budget).model_dump_json(exclude_none=True)
             if len(text.encode()) <= names.TERMINATION_MESSAGE_MAX_BYTES:
                 return text
-        raise ValueError(f"the report of {self.name} does not fit a termination message")
+        raise ValueError(
+            f"the report of {self.name} has {len(text.encode())} bytes and does not fit a "
+            f"termination message of {names.TERMINATION_MESSAGE_MAX_BYTES}"
+        )
 
 
 def _with_failure_text(report: StageReport, budget: int) -> StageReport:
-    """Return `report` with each text of its failure cut to `budget` characters."""
+    """Return `report` with each text of its failure cut to `budget` characters.
+
+    A path is whole or it is not there: half of one names another file.
+    """
     if report.failure is None:
         return report
+    artifact = report.failure.artifact
     failure = report.failure.model_copy(
         update={
             "message": report.failure.message[: max(budget, 128)],
             "log_tail": report.failure.log_tail[-budget:] if budget else "",
+            "artifact": artifact if artifact and len(artifact) <= max(budget, 512) else None,
         }
     )
     return report.model_copy(update={"failure": failure})

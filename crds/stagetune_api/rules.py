@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from stagetune_api import names
 from stagetune_api.spec import MethodType, StagedFineTuneSpec
-from stagetune_api.status import ConditionStatus, ConditionType
+from stagetune_api.status import ConditionStatus, ConditionType, StageState
 
 
 class Rule(NamedTuple):
@@ -59,14 +59,16 @@ SPEC_RULES = (
     ),
     Rule(
         "spec.model",
-        "!has(self.revision) || !self.source.startsWith('file://')",
-        "a file:// source has no revision, only hf:// and ms:// have; remove revision",
+        "!has(self.revision) || self.source.startsWith('hf://') || "
+        "self.source.startsWith('ms://') || self.source.startsWith('s3://')",
+        "only hf:// and ms:// sources have revisions; remove revision",
         ".revision",
     ),
     Rule(
         "spec.dataset",
-        "!has(self.revision) || !self.source.startsWith('file://')",
-        "a file:// source has no revision, only hf:// and ms:// have; remove revision",
+        "!has(self.revision) || self.source.startsWith('hf://') || "
+        "self.source.startsWith('ms://') || self.source.startsWith('s3://')",
+        "only hf:// and ms:// sources have revisions; remove revision",
         ".revision",
     ),
     Rule(
@@ -150,11 +152,66 @@ SPEC_RULES = (
         "export.format Adapter needs method.type LoRA or QLoRA; use Merged",
         ".export.format",
     ),
+    *(
+        rule
+        for field in ("limits", "requests")
+        for rule in (
+            Rule(
+                f"spec.runtime.resources.{field}",
+                # The schema can bound a map's values and their number, not its keys.
+                "self.all(name, size(name) <= 128)",
+                "a resource name is longer than 128 characters; shorten it",
+            ),
+            Rule(
+                f"spec.runtime.resources.{field}",
+                "self.all(name, !name.contains('/') || type(self[name]) == int || "
+                "string(self[name]).matches('^[0-9]+$'))",
+                "extended resources such as nvidia.com/gpu are only given out whole; give a whole "
+                "number",
+            ),
+        )
+    ),
     Rule(
-        "spec.runtime.resources.limits",
-        # The schema can bound a map's values and their number, not its keys.
-        "self.all(name, size(name) <= 128)",
-        "a resource name is longer than 128 characters; shorten it",
+        "spec.runtime.nodeSelector",
+        "self.all(name, size(name) >= 1 && size(name) <= 317)",
+        "a label's name is empty or longer than 317 characters; correct it",
+    ),
+    Rule(
+        "spec.runtime.tolerations[]",
+        "self.operator != 'Exists' || !has(self.value)",
+        "operator Exists compares no value; remove it",
+        ".value",
+    ),
+    Rule(
+        "spec.runtime.tolerations[]",
+        "self.operator != 'Equal' || has(self.key)",
+        "operator Equal needs a key; add it, or use Exists",
+        ".key",
+    ),
+    Rule(
+        "spec.runtime.tolerations[]",
+        "!has(self.tolerationSeconds) || (has(self.effect) && self.effect == 'NoExecute')",
+        "only effect NoExecute waits; remove tolerationSeconds or set that",
+        ".tolerationSeconds",
+    ),
+    Rule(
+        "spec.storage",
+        "has(self.size) != has(self.claimName)",
+        "give exactly one of size and claimName",
+        ".size",
+    ),
+    Rule(
+        "spec.storage",
+        "!has(self.claimName) || !has(self.storageClassName)",
+        "a claim that is there already has its class; remove storageClassName",
+        ".storageClassName",
+    ),
+    Rule(
+        "spec.storage",
+        "!has(self.claimName) || self.retain != 'Nothing'",
+        "Nothing deletes the claim that was made for the run, and claimName names one that was "
+        "not; use Result or Everything",
+        ".retain",
     ),
 )
 
@@ -171,9 +228,14 @@ NAME_RULE = Rule(
 _STARTED = (
     "has(oldSelf.status) && has(oldSelf.status.conditions) && "
     "oldSelf.status.conditions.exists(c, "
-    f"c.type == '{ConditionType.PREPARED}' && c.status == '{ConditionStatus.TRUE}')"
+    f"c.type == '{ConditionType.PLANNED}' && c.status == '{ConditionStatus.TRUE}')"
 )
-_ALWAYS_EDITABLE = {"suspend"}
+# The claim is made before there is a plan, and never made anew.
+_HAS_CLAIM = (
+    "has(oldSelf.status) && has(oldSelf.status.claimName) && size(oldSelf.status.claimName) > 0"
+)
+# `stages` has a rule of its own; the others take effect at the next Job.
+_EDITABLE = {"suspend", "retry", "runtime", "stages"}
 
 
 def _frozen_rule(field: str) -> Rule:
@@ -183,9 +245,10 @@ def _frozen_rule(field: str) -> Rule:
     the field was added or removed.
     """
     new, old = f"self.spec.{field}", f"oldSelf.spec.{field}"
+    started = f"({_STARTED}) || ({_HAS_CLAIM})" if field == "storage" else _STARTED
     return Rule(
         "",
-        f"!({_STARTED}) || (has({new}) == has({old}) && (!has({new}) || {new} == {old}))",
+        f"!({started}) || (has({new}) == has({old}) && (!has({new}) || {new} == {old}))",
         f"spec.{field} cannot change once the run has started; undo the change, or apply it as a "
         "run with another name",
         f".spec.{field}",
@@ -195,7 +258,43 @@ def _frozen_rule(field: str) -> Rule:
 FROZEN_RULES = tuple(
     _frozen_rule(info.alias or name)
     for name, info in StagedFineTuneSpec.model_fields.items()
-    if name not in _ALWAYS_EDITABLE
+    if name not in _EDITABLE
 )
 
-RULES = (NAME_RULE, *FROZEN_RULES, *SPEC_RULES)
+
+def _begun_stages(of: str) -> str:
+    """Return the expression of those stages of `of` that the stored status says have begun."""
+    return (
+        f"{of}.spec.stages.filter(n, has(oldSelf.status.stages) && oldSelf.status.stages.exists(s, "
+        f"s.name == n.name && has(s.state) && s.state != '{StageState.PENDING}'))"
+    )
+
+
+STAGES_RULE = Rule(
+    "",
+    # The last one at its old place means that none was put before it. `[x].all(count, ...)` is how
+    # CEL gives x a name.
+    f"!({_STARTED}) || (has(self.spec.stages) == has(oldSelf.spec.stages) && "
+    f"(!has(self.spec.stages) || ({_begun_stages('self')} == {_begun_stages('oldSelf')} && "
+    f"[size({_begun_stages('oldSelf')})].all(count, count == 0 || "
+    "self.spec.stages[count - 1] == oldSelf.spec.stages[count - 1]))))",
+    "spec.stages: a stage that has started keeps its fields and its place, and the run its list of "
+    "stages; undo the change, or apply it as a run with another name",
+    ".spec.stages",
+)
+
+_CLAIM_SOURCES = ("model", "dataset", "dataset.validation", "evaluation.generalText")
+CLAIM_RULES = tuple(
+    Rule(
+        f"spec.{path}",
+        ("!has(self.source) || " if path == "dataset.validation" else "")
+        + "!self.source.startsWith('pvc://') || (self.source.matches("
+        "'^pvc://[a-z0-9]([-a-z0-9.]*[a-z0-9])?(/[^/]+)+/?$') && "
+        "!self.source.matches('/[.][.]?(/|$)'))",
+        "a pvc:// source names a claim and a path on it; write pvc://claim/path, without '..'",
+        ".source",
+    )
+    for path in _CLAIM_SOURCES
+)
+
+RULES = (NAME_RULE, *FROZEN_RULES, STAGES_RULE, *SPEC_RULES, *CLAIM_RULES)

@@ -26,7 +26,12 @@ CRD_FILE = Path(__file__).resolve().parents[1] / f"{names.GROUP}_{names.PLURAL}.
 HEADER = """\
 # Generated from the models in stagetune_api and never edited; `make crds` writes it anew.
 """
-LIST_MAP_KEYS = {"spec.stages": "name", "status.conditions": "type", "status.stages": "name"}
+LIST_MAP_KEYS = {
+    "spec.stages": "name",
+    "status.conditions": "type",
+    "status.stages": "name",
+    "status.tasks": "name",
+}
 """Lists whose items have a name; every other list is replaced as a whole by who applies it."""
 STATUS_WORD_MAX_LENGTH = 64
 
@@ -144,7 +149,7 @@ def _add_what_kubernetes_knows(root: Node) -> None:
         if path in LIST_MAP_KEYS:
             node["x-kubernetes-list-type"] = "map"
             node["x-kubernetes-list-map-keys"] = [LIST_MAP_KEYS[path]]
-        elif node["type"] == "array":
+        elif node.get("type") == "array":
             node["x-kubernetes-list-type"] = "atomic"
     for rule in RULES:
         nodes[rule.path].setdefault("x-kubernetes-validations", []).append(_rule_entry(rule))
@@ -174,8 +179,8 @@ def find_faults(root: Node) -> list[str]:
 
 def _missing_maxima(node: Node) -> list[str]:
     needed = {
-        "maxLength": node["type"] == "string" and "enum" not in node,
-        "maxItems": node["type"] == "array",
+        "maxLength": node.get("type") == "string" and "enum" not in node,
+        "maxItems": node.get("type") == "array",
         "maxProperties": "additionalProperties" in node,
     }
     return [maximum for maximum, is_needed in needed.items() if is_needed and maximum not in node]

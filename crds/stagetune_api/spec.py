@@ -25,6 +25,16 @@ ColumnName = Annotated[str, StringConstraints(min_length=1, max_length=128)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 LearningRate = Annotated[float, Field(gt=0, le=1)]
 Weight = Annotated[float, Field(ge=0, le=1000)]
+Quantity = (
+    Annotated[int, Field(ge=0)]
+    | Annotated[
+        str,
+        StringConstraints(max_length=32, pattern=r"^[0-9]+(\.[0-9]+)?(m|k|[KMGTP]i|[MGTP])?$"),
+    ]
+)
+"""An amount as Kubernetes writes it: 1, "500m", "48Gi"."""
+LabelKey = Annotated[str, StringConstraints(min_length=1, max_length=317)]
+LabelValue = Annotated[str, StringConstraints(max_length=63)]
 
 
 class DataFormat(StrEnum):
@@ -160,8 +170,9 @@ class ModelSpec(ApiModel):
     """The base model."""
 
     source: SourceUri
-    """source of the base model: hf://org/name, ms://org/name, or file:// with a folder of
-    safetensors or one GGUF file. A relative file:// path counts from the manifest's folder."""
+    """source of the base model: hf://org/name, ms://org/name, or a folder of safetensors or one
+    GGUF file by pvc://claim/path on a cluster and file://path on one machine. A relative file://
+    path counts from the manifest's folder."""
     revision: Annotated[str, StringConstraints(min_length=1, max_length=128)] | None = None
     """revision of an hf:// or ms:// source. Pin a commit: branches and tags can move."""
     secret_name: ObjectName | None = None
@@ -202,8 +213,9 @@ class DatasetSpec(ApiModel):
     """The training data and how it becomes tokens."""
 
     source: SourceUri
-    """source of the rows: hf://org/name or hf://org/name/path, ms://..., or file:// with a JSONL,
-    JSON, CSV or Parquet file or a folder of them. Relative paths count from the manifest."""
+    """source of the rows: hf://org/name or hf://org/name/path, ms://..., or a JSONL, JSON, CSV or
+    Parquet file or a folder of them by pvc://claim/path on a cluster and file://path on one
+    machine. Relative file:// paths count from the manifest."""
     revision: Annotated[str, StringConstraints(min_length=1, max_length=128)] | None = None
     """revision of an hf:// or ms:// source."""
     secret_name: ObjectName | None = None
@@ -421,38 +433,114 @@ class ProtectionSpec(ApiModel):
 
 
 class ResourcesSpec(ApiModel):
-    """Resources of a stage's container."""
+    """Resources of a trainer's container."""
 
     limits: Annotated[
-        dict[
-            Annotated[str, StringConstraints(max_length=128)],
-            Annotated[str, StringConstraints(max_length=32)],
-        ],
+        dict[Annotated[str, StringConstraints(max_length=128)], Quantity],
         Field(max_length=16),
-    ]
-    """limits by resource name, as in a container."""
+    ] = Field(default_factory=dict)
+    """limits by resource name, as in a container: nvidia.com/gpu, memory, cpu."""
+    requests: Annotated[
+        dict[Annotated[str, StringConstraints(max_length=128)], Quantity],
+        Field(max_length=16),
+    ] = Field(default_factory=dict)
+    """requests by resource name. Left out, Kubernetes takes the limits for them."""
+
+
+class TolerationOperator(StrEnum):
+    """How a toleration is compared with a taint."""
+
+    EXISTS = "Exists"
+    EQUAL = "Equal"
+
+
+class TaintEffect(StrEnum):
+    """What a taint does to pods that do not tolerate it."""
+
+    NO_SCHEDULE = "NoSchedule"
+    PREFER_NO_SCHEDULE = "PreferNoSchedule"
+    NO_EXECUTE = "NoExecute"
+
+
+class TolerationSpec(ApiModel):
+    """A taint that the run's pods tolerate, as in a pod."""
+
+    key: LabelKey | None = None
+    """key of the taint. Left out, with operator Exists, every taint is tolerated."""
+    operator: TolerationOperator = TolerationOperator.EQUAL
+    """operator says how `value` is compared."""
+    value: LabelValue | None = None
+    """value of the taint; only with operator Equal."""
+    effect: TaintEffect | None = None
+    """effect of the taint. Left out, every effect is tolerated."""
+    toleration_seconds: Annotated[int, Field(ge=0, le=86400)] | None = None
+    """tolerationSeconds for which a pod stays on a node with such a taint; only with NoExecute."""
 
 
 class RuntimeSpec(ApiModel):
-    """How pods are run on a cluster."""
+    """How pods are run on a cluster; without meaning on one machine."""
 
     resources: ResourcesSpec | None = None
-    """resources of each stage's container."""
-    queue_name: ObjectName | None = None
-    """queueName of the Kueue LocalQueue that admits the stages."""
+    """resources of the containers that train and evaluate. Those that prepare and export get the
+    same without extended resources such as nvidia.com/gpu: no GPU waits for a download."""
+    queue_name: LabelValue | None = None
+    """queueName of the Kueue LocalQueue that admits the run's Jobs, one by one."""
+    priority_class_name: ObjectName | None = None
+    """priorityClassName of the run's pods."""
+    node_selector: Annotated[dict[LabelKey, LabelValue], Field(max_length=16)] | None = None
+    """nodeSelector of the run's pods."""
+    tolerations: Annotated[list[TolerationSpec], Field(max_length=16)] | None = None
+    """tolerations of the run's pods."""
+    max_retries: Annotated[int, Field(ge=0, le=100)] = 3
+    """maxRetries of each task after failures that another attempt may not repeat. Disruptions such
+    as preemption and drained nodes do not count, mistakes in the manifest or data are not retried.
+    """
+    grace_period_seconds: Annotated[int, Field(ge=10, le=3600)] = 120
+    """gracePeriodSeconds that a pod which is asked to leave has for finishing its step and
+    saving."""
     engine: EngineType = EngineType.AUTO
     """engine that runs the backward pass and the optimizer."""
 
 
-class StorageSpec(ApiModel):
-    """The volume of a run on a cluster."""
+class AccessMode(StrEnum):
+    """How the volume of a run can be mounted."""
 
-    size: Annotated[str, StringConstraints(max_length=32, pattern=r"^[0-9]+(Ki|Mi|Gi|Ti)$")]
-    """size of the volume, such as 100Gi."""
+    READ_WRITE_ONCE = "ReadWriteOnce"
+    READ_WRITE_MANY = "ReadWriteMany"
+
+
+class StorageSpec(ApiModel):
+    """The volume of a run on a cluster: exactly one of `size` and `claimName`."""
+
+    size: (
+        Annotated[str, StringConstraints(max_length=32, pattern=r"^[0-9]+(Ki|Mi|Gi|Ti)$")] | None
+    ) = None
+    """size of the claim that is made for the run, such as 100Gi."""
     storage_class_name: ObjectName | None = None
-    """storageClassName of the claim."""
+    """storageClassName of the claim that is made. Left out, the cluster's default counts."""
+    access_mode: AccessMode = AccessMode.READ_WRITE_ONCE
+    """accessMode of the claim that is made."""
+    claim_name: ObjectName | None = None
+    """claimName of a PersistentVolumeClaim that is there already, in the run's namespace."""
+    models_claim_name: ObjectName | None = None
+    """modelsClaimName of a claim for base models that several runs share. Prepare puts a model
+    there once; every other pod mounts it read-only. Left out, base models lie on the run's volume.
+    """
     retain: RetainPolicy = RetainPolicy.RESULT
-    """retain says what stays on the volume when the run is deleted."""
+    """retain says what stays. Result removes checkpoints and tokenised rows once the run has
+    succeeded; Everything keeps them; both keep the claim when the run is deleted. Nothing deletes
+    the claim that was made together with the run."""
+
+
+class RetrySpec(ApiModel):
+    """An order to begin a failed or finished run again."""
+
+    number: Annotated[int, Field(ge=1, le=10000)]
+    """number of the order: raise it to give another one. What stands here stays without effect
+    until the number rises, so the manifest can lie in Git as it is."""
+    from_stage: Annotated[str, StringConstraints(min_length=1, max_length=64)] | None = None
+    """fromStage is the first stage that is trained again; all after it follow. Left out, a failed
+    run goes on with what failed."""
 
 
 class ExactMatchSpec(ApiModel):
@@ -533,6 +621,8 @@ class StagedFineTuneSpec(ApiModel):
     """serve says how the result is served."""
     suspend: bool = False
     """suspend stops the run after saving; false lets it go on."""
+    retry: RetrySpec | None = None
+    """retry begins a failed run again, or a finished one from a stage."""
 
 
 class ObjectMeta(ApiModel):

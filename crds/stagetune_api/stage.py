@@ -13,6 +13,7 @@ from stagetune_api.spec import (
     LayerRange,
     MethodSpec,
     ModelSpec,
+    RetainPolicy,
     TrainingSpec,
 )
 
@@ -115,15 +116,20 @@ class StageConfig(ApiModel):
     """task of the process."""
     run_name: str
     """runName of the run it belongs to."""
-    attempt: Annotated[int, Field(ge=1)]
+    attempt: Annotated[int, Field(ge=0)] = 0
     """attempt at this task, from 1. It is the fencing token too: only the holder of the newest may
-    publish."""
+    publish. At 0 the process takes the next number itself: all pods of a Job are given the same
+    file."""
     run_directory: str
     """runDirectory on the volume."""
     models_directory: str
     """modelsDirectory that is shared between runs."""
     manifest_directory: str
     """manifestDirectory from which relative file:// sources count."""
+    claims_directory: str | None = None
+    """claimsDirectory in which each claim of a pvc:// source is mounted by its name."""
+    retain: RetainPolicy = RetainPolicy.EVERYTHING
+    """retain says what Export leaves of the run's folder after its result is published."""
     model: ModelSpec
     """model that the run starts from."""
     dataset: DatasetSpec

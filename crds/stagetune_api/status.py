@@ -40,6 +40,7 @@ class ConditionStatus(StrEnum):
 class ConditionReason(StrEnum):
     """Reasons of conditions, and of the events that go with them."""
 
+    PENDING = "Pending"
     VALID = "Valid"
     INVALID_SPEC = "InvalidSpec"
     PREPARING = "Preparing"
@@ -58,14 +59,23 @@ class ConditionReason(StrEnum):
     EVALUATION_FAILED = "EvaluationFailed"
     INTERRUPTED = "Interrupted"
     SUSPENDED = "Suspended"
+    SUSPENDING = "Suspending"
     NOT_SUSPENDED = "NotSuspended"
     COMPLETED = "Completed"
+    QUEUED = "Queued"
+    UNSCHEDULABLE = "Unschedulable"
+    IMAGE_ERROR = "ImageError"
+    CANNOT_CREATE = "CannotCreate"
+    NAME_CONFLICT = "NameConflict"
+    RETRYING = "Retrying"
+    STARTED_STAGE_CHANGED = "StartedStageChanged"
 
 
 class RunState(StrEnum):
     """The run in one word, for the State column."""
 
     PENDING = "Pending"
+    QUEUED = "Queued"
     PREPARING = "Preparing"
     TRAINING = "Training"
     EXPORTING = "Exporting"
@@ -77,9 +87,10 @@ class RunState(StrEnum):
 
 
 class StageState(StrEnum):
-    """A stage in one word."""
+    """A stage or another task in one word."""
 
     PENDING = "Pending"
+    QUEUED = "Queued"
     RUNNING = "Running"
     SUCCEEDED = "Succeeded"
     INTERRUPTED = "Interrupted"
@@ -126,7 +137,21 @@ class StageStatus(ApiModel):
     state: StageState = StageState.PENDING
     """state of the stage in one word."""
     attempts: int = 0
-    """attempts that were started."""
+    """attempts that were started; on a cluster each is a Job."""
+    attempts_before: int = 0
+    """attemptsBefore are those of the attempts that no longer count: from before the task was begun
+    again, and those that a suspension ended."""
+    disruptions: int = 0
+    """disruptions from outside that a pod of the stage was ended by; they do not count as
+    attempts."""
+    micro_batch_size: int | None = None
+    """microBatchSize that the stage trains with where it ran out of memory with the manifest's."""
+    queued_seconds: float | None = None
+    """queuedSeconds from the making of the last Job to the start of its container."""
+    handoff_seconds: float | None = None
+    """handoffSeconds from the end of the previous stage's container to this one's first step."""
+    gpu_seconds: float | None = None
+    """gpuSeconds of all its containers together: how long they ran, times the GPUs of each."""
     step: int = 0
     """step of the optimizer that is done."""
     total_steps: int = 0
@@ -147,6 +172,26 @@ class StageStatus(ApiModel):
     """measured values, once the stage is done."""
     last_failure: Failure | None = None
     """lastFailure of the stage."""
+
+
+class TaskStatus(ApiModel):
+    """A task that is no stage, as it stands: prepare, evaluate or export."""
+
+    name: Annotated[str, Field(max_length=64)]
+    """name of the task in lower case."""
+    state: StageState = StageState.PENDING
+    """state of the task in one word."""
+    attempts: int = 0
+    """attempts that were started; on a cluster each is a Job."""
+    attempts_before: int = 0
+    """attemptsBefore are those of the attempts that no longer count: from before the task was begun
+    again, and those that a suspension ended."""
+    disruptions: int = 0
+    """disruptions from outside; they do not count as attempts."""
+    micro_batch_size: int | None = None
+    """microBatchSize of the task where it ran out of memory with the manifest's."""
+    last_failure: Failure | None = None
+    """lastFailure of the task."""
 
 
 class StagedFineTuneStatus(ApiModel):
@@ -174,6 +219,22 @@ class StagedFineTuneStatus(ApiModel):
     """conditions of the run, one of each type."""
     stages: Annotated[list[StageStatus], Field(max_length=128)] = Field(default_factory=list)
     """stages in running order."""
+    tasks: Annotated[list[TaskStatus], Field(max_length=8)] = Field(default_factory=list)
+    """tasks beside the stages; only on a cluster."""
+    retry_number: int = 0
+    """retryNumber of the last order in spec.retry that was followed."""
+    claim_name: Annotated[str, Field(max_length=253)] = ""
+    """claimName of the PersistentVolumeClaim with the run's files; only on a cluster."""
+    directory: Annotated[str, Field(max_length=4096)] = ""
+    """directory of the run's files from the volume's root; only on a cluster."""
+    start_time: Annotated[
+        str | None, Field(max_length=64, json_schema_extra={"format": "date-time"})
+    ] = None
+    """startTime at which the run was first seen."""
+    completion_time: Annotated[
+        str | None, Field(max_length=64, json_schema_extra={"format": "date-time"})
+    ] = None
+    """completionTime at which the run succeeded or failed."""
     evaluation: EvaluationResult | None = None
     """evaluation of the base and the exported model."""
     export: Annotated[str, Field(max_length=4096)] = ""
@@ -209,3 +270,13 @@ def with_condition(
     kept = [item for item in conditions if item.type is not type]
     order = list(ConditionType)
     return sorted([*kept, condition], key=lambda item: order.index(item.type))
+
+
+def format_duration(seconds: float) -> str:
+    """Return a duration as people write it: `42s`, `3m05s`, `2h10m`."""
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02d}s"
+    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"

@@ -11,9 +11,12 @@ from pydantic import BaseModel
 
 Node = dict[str, Any]
 
+INT_OR_STRING = "x-kubernetes-int-or-string"
+"""The one union that the server knows; it stands in the place of a type."""
+
 _COPIED = (
     *("description", "type", "format", "enum", "minLength", "maxLength", "pattern"),
-    *("minItems", "maxItems", "maxProperties"),
+    *("minItems", "maxItems", "maxProperties", INT_OR_STRING),
 )
 # `title` repeats the name. `propertyNames` has no place in a structural schema; `rules` has it.
 _DROPPED = ("title", "propertyNames")
@@ -43,7 +46,7 @@ def _translate(raw: Node, definitions: Node) -> Node:
     node: Node = {key: raw[key] for key in _COPIED if key in raw}
     if "description" in node:
         node["description"] = " ".join(node["description"].split())
-    if node["type"] == "integer":
+    if node.get("type") == "integer":
         node["format"] = "int64"
     if "const" in raw:
         node["enum"] = [raw["const"]]
@@ -72,6 +75,8 @@ def _resolve(raw: Node, definitions: Node) -> Node:
     """
     if "anyOf" in raw:
         options = [option for option in raw["anyOf"] if option != {"type": "null"}]
+        if sorted(option.get("type", "") for option in options) == ["integer", "string"]:
+            options = [_int_or_string(options, raw)]
         if len(options) != 1:
             raise SchemaError([f"{raw.get('description')!r}: a union cannot be translated"])
         beside = {key: value for key, value in raw.items() if key != "anyOf"}
@@ -81,6 +86,21 @@ def _resolve(raw: Node, definitions: Node) -> Node:
         beside = {key: value for key, value in raw.items() if key != "$ref"}
         return _resolve({**target, **beside}, definitions)
     return raw
+
+
+def _int_or_string(options: Sequence[Node], raw: Node) -> Node:
+    """Return both options as one: bounds count for numbers, length and pattern for texts.
+
+    The text needs a maximum here, for by its missing type nothing would see later that it has none.
+    """
+    number, text = sorted(options, key=lambda option: str(option["type"]))
+    bounds = {"minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum"}
+    unknown = (number.keys() - bounds) | (text.keys() - {"minLength", "maxLength", "pattern"})
+    if unknown - {"type"} or "maxLength" not in text:
+        raise SchemaError([f"{raw.get('description')!r}: a union cannot be translated"])
+    return {key: value for key, value in (number | text).items() if key != "type"} | {
+        INT_OR_STRING: True
+    }
 
 
 def _is_optional(raw: Node) -> bool:
@@ -114,7 +134,7 @@ def _with_default(node: Node, default: Any) -> Node:
     """
     if default is None:
         return node
-    if node["type"] == "object":
+    if node.get("type") == "object":
         given = {key: value for key, value in default.items() if value is not None}
         if given != defaults_within(node):
             raise SchemaError([f"{node['description']!r}: default is not that of its fields"])
@@ -126,7 +146,7 @@ def _with_default(node: Node, default: Any) -> Node:
 def defaults_within(node: Node) -> Node:
     """Return what the server makes of `{}` for `node`."""
     return {
-        name: defaults_within(child) if child["type"] == "object" else child["default"]
+        name: defaults_within(child) if child.get("type") == "object" else child["default"]
         for name, child in node.get("properties", {}).items()
         if "default" in child
     }

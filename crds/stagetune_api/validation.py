@@ -3,6 +3,7 @@
 import copy
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from enum import StrEnum
 from typing import Any
 
 from pydantic import ValidationError
@@ -11,15 +12,24 @@ from pydantic_core import ErrorDetails, to_json
 from stagetune_api.problems import Problem, ProblemReason, format_path
 from stagetune_api.spec import (
     DataPartition,
+    EngineType,
     ExplicitStageSpec,
     ExportFormat,
     MethodType,
     OptimizerType,
     Order,
     PrefixCache,
+    RetainPolicy,
     StagedFineTune,
     StagedFineTuneSpec,
+    TaintEffect,
+    TolerationOperator,
 )
+
+_CLAIM_SOURCE = r"[a-z0-9]([-a-z0-9.]*[a-z0-9])?(/(?!\.\.?(/|$))[^/]+)+/?"
+"""What stands after pvc://: the name of a claim and a path on it that stays on it."""
+_RESOURCES = ("spec", "runtime", "resources")
+"""Where the manifest has quantities: below `limits` and `requests`, by name."""
 
 
 def parse_manifest(document: Mapping[str, Any]) -> StagedFineTune | list[Problem]:
@@ -28,8 +38,9 @@ def parse_manifest(document: Mapping[str, Any]) -> StagedFineTune | list[Problem
     try:
         manifest = _parse_strictly(body)
     except ValidationError as error:
-        problems = [_schema_problem(details) for details in error.errors()]
-        return [*problems, *_problems_beside(body, error.errors(), problems)]
+        errors = _with_whole_quantities(error.errors())
+        problems = [_schema_problem(details) for details in errors]
+        return [*problems, *_problems_beside(body, errors, problems)]
     return check_spec(manifest.spec) or manifest
 
 
@@ -43,6 +54,22 @@ def _parse_strictly(body: Mapping[str, Any]) -> StagedFineTune:
     return StagedFineTune.model_validate_json(text, strict=True, by_name=False)
 
 
+def _with_whole_quantities(errors: Sequence[ErrorDetails]) -> list[ErrorDetails]:
+    """Return `errors` with one for each quantity instead of one for each form that it has not."""
+    joined: dict[tuple[str | int, ...], ErrorDetails] = {}
+    for details in errors:
+        place = details["loc"]
+        if place[:3] == _RESOURCES and place[5:] in (("constrained-int",), ("constrained-str",)):
+            details = ErrorDetails(
+                type="quantity",
+                loc=place[:5],
+                msg="should be an amount as Kubernetes writes it: 1, '500m', '48Gi'",
+                input=details["input"],
+            )
+        joined.setdefault(details["loc"], details)
+    return list(joined.values())
+
+
 def _problems_beside(
     body: Mapping[str, Any], errors: Sequence[ErrorDetails], known: Sequence[Problem]
 ) -> list[Problem]:
@@ -53,7 +80,7 @@ def _problems_beside(
     """
     rest = copy.deepcopy(dict(body))
     for details in errors:
-        _remove(rest, details["loc"])
+        _remove(rest, [part for part in details["loc"] if part != "[key]"])
     try:
         manifest = _parse_strictly(rest)
     except ValidationError:
@@ -93,6 +120,8 @@ def check_spec(spec: StagedFineTuneSpec) -> list[Problem]:
         _check_method,
         _check_training,
         _check_export,
+        _check_storage,
+        _check_runtime,
         _check_not_yet_supported,
     )
     return [problem for rule in rules for problem in rule(spec)]
@@ -115,7 +144,7 @@ def _schema_problem(details: ErrorDetails) -> Problem:
         case "string_pattern_mismatch" if path.endswith("source"):
             message = (
                 f"{_shown(details['input'])} is not a source; write hf://org/name, "
-                "ms://org/name or file://path"
+                "ms://org/name, pvc://claim/path or file://path"
             )
             return Problem(path=path, reason=ProblemReason.INVALID, message=message)
         case _:
@@ -138,26 +167,136 @@ def _conflict(path: str, message: str) -> Problem:
     return Problem(path=path, reason=ProblemReason.CONFLICT, message=message)
 
 
-def _check_sources(spec: StagedFineTuneSpec) -> Iterator[Problem]:
+class Runner(StrEnum):
+    """What runs a manifest."""
+
+    CLUSTER = "Cluster"
+    LOCAL = "Local"
+
+
+def check_runner(spec: StagedFineTuneSpec, runner: Runner) -> list[Problem]:
+    """Return what keeps a valid spec from being run by `runner`."""
+    check = _check_for_cluster if runner is Runner.CLUSTER else _check_for_local_run
+    return list(check(spec))
+
+
+def sources_of(spec: StagedFineTuneSpec) -> dict[str, str]:
+    """Return every source that a run reads, by its path in the manifest."""
     sources = {"spec.model.source": spec.model.source, "spec.dataset.source": spec.dataset.source}
     if spec.dataset.validation.source is not None:
         sources["spec.dataset.validation.source"] = spec.dataset.validation.source
     if spec.evaluation.general_text is not None:
         sources["spec.evaluation.generalText.source"] = spec.evaluation.general_text.source
-    for path, source in sources.items():
-        scheme = source.split("://", 1)[0]
-        if scheme in ("s3", "pvc"):
-            yield _not_yet(path, f"{scheme}:// sources", "use hf://, ms:// or file://")
+    return sources
+
+
+def _check_for_cluster(spec: StagedFineTuneSpec) -> Iterator[Problem]:
+    for path, source in sources_of(spec).items():
+        if source.startswith("file://"):
+            yield _conflict(
+                path,
+                f"{source} is a path on one machine, which no pod sees; put the files on a claim "
+                "and write pvc://claim/path, or use hf:// or ms://",
+            )
+    if spec.storage is None:
+        yield Problem(
+            path="spec.storage",
+            reason=ProblemReason.REQUIRED,
+            message="a run on a cluster keeps its files on a volume; give storage.size for a new "
+            "claim or storage.claimName for one that is there",
+        )
+
+
+def _check_for_local_run(spec: StagedFineTuneSpec) -> Iterator[Problem]:
+    for path, source in sources_of(spec).items():
+        if source.startswith("pvc://"):
+            yield _conflict(
+                path, f"{source} is a claim on a cluster; use file://, hf:// or ms:// here"
+            )
+    if spec.suspend:
+        yield _conflict(
+            "spec.suspend",
+            "true stops runs on a cluster; a run on this machine is stopped by Ctrl-C, after which "
+            "the same command goes on; set it to false",
+        )
+
+
+def _check_sources(spec: StagedFineTuneSpec) -> Iterator[Problem]:
+    for path, source in sources_of(spec).items():
+        scheme, _, rest = source.partition("://")
+        if scheme == "s3":
+            yield _not_yet(path, "s3:// sources", "use hf://, ms://, pvc:// or file://")
+        if scheme == "pvc" and not re.fullmatch(_CLAIM_SOURCE, rest):
+            yield Problem(
+                path=path,
+                reason=ProblemReason.INVALID,
+                message=f"{source} does not name a claim and a path on it; write pvc://claim/path, "
+                "without '..'",
+            )
     revisions = (
         ("spec.model", spec.model.source, spec.model.revision),
         ("spec.dataset", spec.dataset.source, spec.dataset.revision),
     )
     for path, source, revision in revisions:
-        if revision is not None and source.startswith("file://"):
+        if revision is not None and not source.startswith(("hf://", "ms://", "s3://")):
             yield _conflict(
                 f"{path}.revision",
                 f"{revision!r} has no meaning for {source}: only hf:// and ms:// have revisions; "
                 "remove it",
+            )
+
+
+def _check_storage(spec: StagedFineTuneSpec) -> Iterator[Problem]:
+    storage = spec.storage
+    if storage is None:
+        return
+    if (storage.size is None) == (storage.claim_name is None):
+        given = "neither is given" if storage.size is None else "both are given"
+        yield _conflict(
+            "spec.storage.size", f"exactly one of size and claimName is needed; {given}"
+        )
+    if storage.claim_name is None:
+        return
+    if storage.storage_class_name is not None:
+        yield _conflict(
+            "spec.storage.storageClassName",
+            f"the claim {storage.claim_name} is there already and has its class; remove it",
+        )
+    if storage.retain is RetainPolicy.NOTHING:
+        yield _conflict(
+            "spec.storage.retain",
+            f"Nothing deletes the claim that was made for the run, and {storage.claim_name} was "
+            "not; use Result or Everything",
+        )
+
+
+def _check_runtime(spec: StagedFineTuneSpec) -> Iterator[Problem]:
+    resources = spec.runtime.resources if spec.runtime else None
+    for kind, amounts in (
+        ("limits", resources.limits if resources else {}),
+        ("requests", resources.requests if resources else {}),
+    ):
+        for name, amount in amounts.items():
+            if "/" in name and not str(amount).isdecimal():
+                yield Problem(
+                    path=f"spec.runtime.resources.{kind}.{name}",
+                    reason=ProblemReason.INVALID,
+                    message=f"{amount!r} is no whole number: extended resources such as {name} are "
+                    "only given out whole; give a whole number",
+                )
+    for index, toleration in enumerate(spec.runtime.tolerations or [] if spec.runtime else []):
+        path = f"spec.runtime.tolerations[{index}]"
+        exists = toleration.operator is TolerationOperator.EXISTS
+        if exists and toleration.value is not None:
+            yield _conflict(f"{path}.value", "operator Exists compares no value; remove it")
+        if not exists and toleration.key is None:
+            yield _conflict(f"{path}.key", "operator Equal needs a key; add it, or use Exists")
+        if (
+            toleration.toleration_seconds is not None
+            and toleration.effect is not TaintEffect.NO_EXECUTE
+        ):
+            yield _conflict(
+                f"{path}.tolerationSeconds", "only effect NoExecute waits; remove it or set that"
             )
 
 
@@ -307,20 +446,10 @@ def _check_not_yet_supported(spec: StagedFineTuneSpec) -> Iterator[Problem]:
         yield _not_yet("spec.training.prefixCache", "prefix caches", "use Never or leave it out")
     sections = {
         "protection": (spec.protection, "protection methods"),
-        "runtime": (spec.runtime, "cluster settings"),
-        "storage": (spec.storage, "cluster volumes"),
         "serve": (spec.serve, "servers"),
     }
     for name, (section, what) in sections.items():
         if section is not None:
             yield _not_yet(f"spec.{name}", what, f"remove {name}")
-    if spec.model.secret_name is not None:
-        yield _not_yet(
-            "spec.model.secretName", "Secrets", "set HF_TOKEN or MODELSCOPE_API_TOKEN instead"
-        )
-    if spec.dataset.secret_name is not None:
-        yield _not_yet(
-            "spec.dataset.secretName", "Secrets", "set HF_TOKEN or MODELSCOPE_API_TOKEN instead"
-        )
-    if spec.suspend:
-        yield _not_yet("spec.suspend", "suspended runs", "set it to false; Ctrl-C saves and leaves")
+    if spec.runtime is not None and spec.runtime.engine is EngineType.DEEPSPEED:
+        yield _not_yet("spec.runtime.engine", "DeepSpeed engines", "use Auto or Single")

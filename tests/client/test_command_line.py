@@ -3,14 +3,19 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+from ruamel.yaml import YAML
 
+from manifest_cases import EXAMPLES
 from stagetune.__main__ import main
 from stagetune.display import PlainDisplay
-from stagetune.manifest_file import read_manifest_file
+from stagetune.local_run import RunInterruptedError, run_locally
+from stagetune.manifest_file import ManifestFile, read_manifest_file
+from stagetune.run_record import changed_fields
 from stagetune.status_board import format_duration
-from stagetune_api.names import ExitCode
+from stagetune_api.names import RUN_MANIFEST_FILE, ExitCode, RunLayout
 from stagetune_api.problems import InvalidManifestError
 
 WriteManifest = Callable[..., Path]
@@ -53,14 +58,177 @@ def test_validate_says_all_that_is_wrong_with_lines_and_cures(
     assert "spec.schedule.layersPerStage" in captured.err
 
 
-def test_validate_accepts_every_example(
-    pytestconfig: pytest.Config, capsys: pytest.CaptureFixture[str]
-) -> None:
-    examples = sorted(pytestconfig.rootpath.glob("examples/**/*.yaml"))
-    assert len(examples) >= 2
-    for example in examples:
+def test_validate_accepts_every_example_for_its_runner(capsys: pytest.CaptureFixture[str]) -> None:
+    assert len(EXAMPLES) >= 2
+    for example in EXAMPLES:
+        on_cluster = read_manifest_file(example).manifest.spec.storage is not None
+        runner, other = ("cluster", "local") if on_cluster else ("local", "cluster")
         assert main(["validate", str(example)]) == ExitCode.DONE
-    assert capsys.readouterr().out.count("is valid.") == len(examples)
+        assert main(["validate", str(example), "--runner", runner]) == ExitCode.DONE
+        assert main(["validate", str(example), "--runner", other]) == ExitCode.INVALID
+    output = capsys.readouterr().out
+    assert output.count(" is valid.") == output.count(" is valid for ") == len(EXAMPLES)
+
+
+@pytest.mark.parametrize(
+    ("runner", "expected"),
+    [
+        (["--runner", "cluster"], "is valid for cluster runs."),
+        ([], "is valid."),
+    ],
+)
+def test_validate_accepts_a_cluster_manifest_for_a_cluster(
+    runner: list[str], expected: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["validate", *QWEN, *runner]) == ExitCode.DONE
+    assert expected in capsys.readouterr().out
+
+
+def test_validate_says_what_keeps_a_manifest_from_one_machine(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["validate", *QWEN, "--runner", "local"]) == ExitCode.INVALID
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    text = Path(QWEN[0]).read_text().splitlines()
+    line = next(number for number, text in enumerate(text, 1) if "source: pvc://" in text)
+    assert captured.err == (
+        f"spec.dataset.source (line {line}): Conflict: pvc://datasets/finance.jsonl is a claim on "
+        "a cluster; use file://, hf:// or ms:// here\n"
+    )
+
+
+def test_validate_says_what_keeps_a_manifest_from_a_cluster(
+    write_manifest: WriteManifest, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = str(write_manifest())
+    assert main(["validate", manifest]) == ExitCode.DONE
+    assert main(["validate", manifest, "--runner", "local"]) == ExitCode.DONE
+    assert "is valid for local runs." in capsys.readouterr().out
+    assert main(["validate", manifest, "--runner", "cluster"]) == ExitCode.INVALID
+    assert [line.split()[0] for line in capsys.readouterr().err.splitlines()] == [
+        "spec.model.source",
+        "spec.dataset.source",
+        "spec.evaluation.generalText.source",
+        "spec.storage",
+    ]
+
+
+def test_validate_says_first_what_is_wrong_everywhere(
+    write_manifest: WriteManifest, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = str(write_manifest(training={"batchSize": 5, "microBatchSize": 2}, storage={}))
+    assert main(["validate", manifest, "--runner", "cluster"]) == ExitCode.INVALID
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split()[0] for line in lines] == [
+        "spec.training.microBatchSize",
+        "spec.storage.size",
+    ]
+
+
+def test_runner_is_cluster_or_local(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        main(["validate", *QWEN, "--runner", "Cluster"])
+    assert caught.value.code == ExitCode.INVALID
+    assert "cluster" in capsys.readouterr().err
+
+
+def test_run_refuses_what_only_a_cluster_can_run_before_it_writes(
+    write_manifest: WriteManifest, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    manifest = write_manifest(
+        model={"source": "pvc://models/base"},
+        dataset={"source": "pvc://rows/rows.jsonl"},
+        suspend=True,
+    )
+    directory = tmp_path / "runs" / "tiny"
+    assert main(["run", str(manifest), "--run-dir", str(directory)]) == ExitCode.INVALID
+    errors = capsys.readouterr().err.splitlines()
+    text = manifest.read_text().splitlines()
+    assert [line.split(":")[0] for line in errors] == [
+        f"{path} (line {next(n for n, text in enumerate(text, 1) if value in text)})"
+        for path, value in (
+            ("spec.model.source", "pvc://models/base"),
+            ("spec.dataset.source", "pvc://rows/rows.jsonl"),
+            ("spec.suspend", "suspend"),
+        )
+    ]
+    assert not directory.parent.exists()
+
+
+def test_run_from_python_refuses_the_same(write_manifest: WriteManifest, tmp_path: Path) -> None:
+    file = read_manifest_file(write_manifest(suspend=True))
+    by_hand = ManifestFile(path=file.path, manifest=file.manifest)
+    with pytest.raises(InvalidManifestError) as caught:
+        run_locally(by_hand, tmp_path / "run")
+    assert [problem.path for problem in caught.value.problems] == ["spec.suspend"]
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        ({}, ""),
+        (
+            {"runtime": {"queueName": "team-a"}, "storage": {"size": "1Gi"}},
+            "On clusters only, without effect here: spec.runtime, spec.storage.\n",
+        ),
+        (
+            {"retry": {"number": 1}},
+            "On clusters only, without effect here: spec.retry.\n",
+        ),
+    ],
+)
+def test_run_says_which_sections_count_on_clusters_only(
+    changes: dict[str, Any],
+    expected: str,
+    write_manifest: WriteManifest,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    begun = []
+
+    def begin(*arguments: object) -> Path:
+        begun.append(arguments)
+        raise RunInterruptedError("nothing was at work")
+
+    # The first thing that a run does once nothing speaks against it.
+    monkeypatch.setattr("stagetune.local_run._Run.to_its_end", begin)
+    manifest = str(write_manifest(**changes))
+    code = main(["run", manifest, "--run-dir", str(tmp_path / "run")])
+    assert (code, len(begun)) == (ExitCode.INTERRUPTED, 1)
+    assert capsys.readouterr().out == expected
+
+
+def test_what_counts_on_clusters_only_may_change_in_a_planned_run(
+    write_manifest: WriteManifest, tmp_path: Path
+) -> None:
+    layout = RunLayout(tmp_path / "run")
+    layout.root.mkdir()
+    before = read_manifest_file(write_manifest(runtime={"maxRetries": 1})).manifest
+    (layout.root / RUN_MANIFEST_FILE).write_text(before.model_dump_json(exclude_none=True))
+    layout.plan.write_text("{}")
+    on_clusters: dict[str, Any] = {
+        "runtime": {"maxRetries": 2, "resources": {"limits": {"nvidia.com/gpu": 1}}},
+        "storage": {"claimName": "runs"},
+        "retry": {"number": 1},
+        "suspend": True,
+    }
+    after = read_manifest_file(write_manifest(**on_clusters)).manifest
+    assert changed_fields(after, layout) == []
+    after = read_manifest_file(write_manifest(**on_clusters, export={"dtype": "FP32"})).manifest
+    assert [problem.path for problem in changed_fields(after, layout)] == ["spec.export.dtype"]
+
+
+def test_status_of_a_cluster_shows_stages_that_wait(
+    tmp_path: Path, pytestconfig: pytest.Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    golden = YAML(typ="safe").load(pytestconfig.rootpath / "tests/data/golden/status.yaml")
+    golden["stages"][1]["state"] = "Queued"
+    RunLayout(tmp_path).status.write_text(json.dumps(golden))
+    assert main(["status", str(tmp_path)]) == ExitCode.DONE
+    assert "Queued" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
@@ -110,8 +278,6 @@ def test_plan_shows_every_stage_of_a_model_known_by_its_config_alone(
 
 
 def test_plan_as_json_and_yaml_is_the_same_object(capsys: pytest.CaptureFixture[str]) -> None:
-    from ruamel.yaml import YAML
-
     assert main(["plan", *QWEN, *QWEN_FACTS, "-o", "json"]) == ExitCode.DONE
     as_json = json.loads(capsys.readouterr().out)
     assert main(["plan", *QWEN, *QWEN_FACTS, "-o", "yaml"]) == ExitCode.DONE
@@ -146,7 +312,6 @@ def test_status_as_json_is_the_status_on_disk(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from stagetune.status_board import StatusBoard
-    from stagetune_api.names import RunLayout
     from stagetune_api.status import ConditionReason, RunState
 
     board = StatusBoard(RunLayout(tmp_path).status, on_change=lambda status: None)

@@ -5,6 +5,7 @@ was written after. All tests that need a cluster stay in one file, so that one w
 pytest-xdist has it.
 """
 
+import hashlib
 import json
 from http import HTTPStatus
 from pathlib import Path
@@ -17,19 +18,27 @@ from ruamel.yaml import YAML
 from local_cluster.api import Answer, Cluster
 from manifest_cases import (
     CASES,
-    CHANGES,
+    EXAMPLES,
+    FREE_CHANGES,
+    FROZEN_CHANGES,
     LOWER,
     MANIFEST,
-    PREPARED,
+    PLANNED,
+    QUANTITIES,
+    SECTIONS_WITH_DEFAULTS,
+    THREE_STAGES,
     UPPER,
     Case,
     Edits,
     edited,
     in_stages,
+    stage_edits,
+    stages_in,
 )
 from stagetune_api import names
+from stagetune_api.rules import STAGES_RULE
 from stagetune_api.schema import build_crd
-from stagetune_api.spec import StagedFineTune
+from stagetune_api.spec import StagedFineTune, StagedFineTuneSpec
 from stagetune_api.status import StagedFineTuneStatus
 from stagetune_api.structural import Node
 from stagetune_api.validation import parse_manifest
@@ -38,7 +47,6 @@ pytestmark = pytest.mark.control_plane
 
 ROOT = Path(__file__).resolve().parents[2]
 GOLDEN_STATUS = ROOT / "tests" / "data" / "golden" / "status.yaml"
-EXAMPLES = ("examples/quickstart/finance-qa.yaml", "examples/qwen2.5-7b-finance.yaml")
 STRICT = {"fieldValidation": "Strict"}
 DRY_RUN = {**STRICT, "dryRun": "All"}
 
@@ -63,11 +71,11 @@ class Runs:
         body: Node = answer.body
         return body
 
-    def started(self, name: str, edits: Edits | None = None) -> Node:
+    def started(self, name: str, edits: Edits | None = None, status: Node | None = None) -> Node:
         """Create a run, say that it is prepared, and return it as it is stored."""
         created = self.create(sent(edits, name), **STRICT)
         assert created.status == HTTPStatus.CREATED, created.message
-        document = {**created.body, "status": {"conditions": [PREPARED]}}
+        document = {**created.body, "status": status or {"conditions": [PLANNED]}}
         assert self.replace(document, "/status", **STRICT).status == HTTPStatus.OK
         return self.get(name)
 
@@ -107,10 +115,10 @@ def test_crd_is_established_without_a_complaint(cluster: Cluster, crd: str) -> N
     assert conditions == {"NamesAccepted": "True", "Established": "True"}
 
 
-@pytest.mark.parametrize("path", EXAMPLES)
-def test_example_is_accepted(path: str, cluster: Cluster, crd: str, namespace: str) -> None:
-    said = cluster.kubectl("apply", "--dry-run=server", "-n", namespace, "-f", str(ROOT / path))
-    name = YAML(typ="safe").load(ROOT / path)["metadata"]["name"]
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
+def test_example_is_accepted(path: Path, cluster: Cluster, crd: str, namespace: str) -> None:
+    said = cluster.kubectl("apply", "--dry-run=server", "-n", namespace, "-f", str(path))
+    name = YAML(typ="safe").load(path)["metadata"]["name"]
     assert said == f"{names.SINGULAR}.{names.GROUP}/{name} created (server dry run)\n"
 
 
@@ -169,7 +177,7 @@ def test_kubectl_shows_what_the_schema_refuses(
 
 
 def test_server_fills_in_the_defaults_of_the_models(runs: Runs) -> None:
-    document = sent({"spec.training.earlyStopping": {}, "spec.evaluation": {"exactMatch": {}}})
+    document = sent(SECTIONS_WITH_DEFAULTS)
     parsed = parse_manifest(document)
     assert isinstance(parsed, StagedFineTune)
     stored = runs.create(document, **DRY_RUN).body["spec"]
@@ -221,27 +229,120 @@ def test_status_is_written_apart_from_the_manifest(runs: Runs) -> None:
     assert runs.get("apart")["status"] == started["status"]
 
 
-@pytest.mark.parametrize("field", CHANGES)
+@pytest.mark.parametrize("field", FROZEN_CHANGES)
 def test_started_run_refuses_a_change(field: str, runs: Runs) -> None:
     started = runs.started(f"change-{field.lower()}")
-    changed = {**started, "spec": {**started["spec"], field: CHANGES[field]}}
+    changed = {**started, "spec": {**started["spec"], field: FROZEN_CHANGES[field]}}
     refused = causes(runs.replace(changed, **DRY_RUN))
     message = f"spec.{field} cannot change once the run has started"
     assert [at for at, text in refused if message in text] == [f"spec.{field}"]
 
 
-@pytest.mark.parametrize("field", ["protection", "runtime", "storage", "evaluation", "serve"])
+@pytest.mark.parametrize("field", ["protection", "storage", "evaluation", "serve"])
 def test_started_run_refuses_that_a_section_is_removed(field: str, runs: Runs) -> None:
-    started = runs.started(f"remove-{field}", {f"spec.{field}": CHANGES[field]})
+    started = runs.started(f"remove-{field}", {f"spec.{field}": FROZEN_CHANGES[field]})
     spec = {name: value for name, value in started["spec"].items() if name != field}
     ((at, text),) = causes(runs.replace({**started, "spec": spec}, **DRY_RUN))
     assert at == f"spec.{field}"
     assert f"spec.{field} cannot change" in text
 
 
+@pytest.mark.parametrize("field", FREE_CHANGES)
+def test_started_run_lets_a_free_field_come_and_go(field: str, runs: Runs) -> None:
+    document = runs.started(f"free-{field}")
+    without = {name: value for name, value in document["spec"].items() if name != field}
+    for spec in ({**without, field: FREE_CHANGES[field]}, without):
+        answer = runs.replace({**document, "spec": spec}, **STRICT)
+        assert answer.status == HTTPStatus.OK, answer.message
+        document = answer.body
+        stored = StagedFineTuneSpec.model_validate(document["spec"])
+        assert stored == StagedFineTuneSpec.model_validate(spec)
+
+
+@pytest.mark.parametrize(
+    ("stages", "states"), stage_edits("refused").values(), ids=stage_edits("refused").keys()
+)
+def test_stage_that_has_started_keeps_its_fields_and_its_place(
+    stages: tuple[Node, ...], states: str, runs: Runs, request: pytest.FixtureRequest
+) -> None:
+    edits = in_stages(*THREE_STAGES)
+    started = runs.started(name_for(request), edits, stages_in(states))
+    changed = {**started, "spec": {**started["spec"], "stages": list(stages)}}
+    ((at, text),) = causes(runs.replace(changed, **DRY_RUN))
+    assert at == "spec.stages"
+    assert STAGES_RULE.message in text
+
+
+@pytest.mark.parametrize(
+    ("stages", "states"), stage_edits("accepted").values(), ids=stage_edits("accepted").keys()
+)
+def test_stage_that_is_pending_may_change(
+    stages: tuple[Node, ...], states: str, runs: Runs, request: pytest.FixtureRequest
+) -> None:
+    edits = in_stages(*THREE_STAGES)
+    started = runs.started(name_for(request), edits, stages_in(states))
+    changed = {**started, "spec": {**started["spec"], "stages": list(stages)}}
+    answer = runs.replace(changed, **STRICT)
+    assert answer.status == HTTPStatus.OK, answer.message
+    assert [stage["name"] for stage in answer.body["spec"]["stages"]] == [
+        stage["name"] for stage in stages
+    ]
+
+
+def name_for(request: pytest.FixtureRequest) -> str:
+    """Return a name of a run that no other test has."""
+    return f"run-{hashlib.sha256(request.node.nodeid.encode()).hexdigest()[:16]}"
+
+
+def test_longest_run_is_within_what_the_server_computes(runs: Runs) -> None:
+    # Costs are estimated when the CRD is applied, and counted when its rules are computed.
+    stages = [
+        {"name": f"stage-{number:03}-{'n' * 6}", "layers": {"first": number, "last": number}}
+        for number in range(128)
+    ]
+    reported = [{**stage, "state": "Succeeded"} for stage in stages[:-1]]
+    reported.append({**stages[-1], "state": "Pending"})
+    status = {"conditions": [PLANNED], "stages": reported}
+    started = runs.started("longest", in_stages(*stages), status)
+
+    last = {**stages[-1], "epochs": 2}
+    answer = runs.replace({**started, "spec": {**started["spec"], "stages": [*stages[:-1], last]}})
+    assert answer.status == HTTPStatus.OK, answer.message
+    first = {**stages[0], "epochs": 2}
+    spec = {**started["spec"], "stages": [first, *stages[1:-1], last]}
+    ((at, text),) = causes(runs.replace({**answer.body, "spec": spec}, **DRY_RUN))
+    assert at == "spec.stages"
+    assert STAGES_RULE.message in text
+
+
+@pytest.mark.parametrize("field", ["limits", "requests"])
+@pytest.mark.parametrize("amount", QUANTITIES["accepted"])
+def test_quantity_is_a_number_or_a_text(field: str, amount: Any, runs: Runs) -> None:
+    document = sent({f"spec.runtime.resources.{field}": {"memory": amount}})
+    answer = runs.create(document, **DRY_RUN)
+    assert answer.status == HTTPStatus.CREATED, answer.message
+    stored = answer.body["spec"]["runtime"]["resources"][field]["memory"]
+    assert (type(stored), stored) == (type(amount), amount)
+
+
+@pytest.mark.parametrize("field", ["limits", "requests"])
+@pytest.mark.parametrize("amount", QUANTITIES["refused"], ids=repr)
+def test_anything_else_is_no_quantity(field: str, amount: Any, runs: Runs) -> None:
+    document = sent({f"spec.runtime.resources.{field}": {"memory": amount}})
+    refused = causes(runs.create(document, **DRY_RUN))
+    assert f"spec.runtime.resources.{field}.memory" in [at for at, _ in refused]
+
+
+def test_amount_that_is_null_is_taken_away(runs: Runs) -> None:
+    amounts = {"nvidia.com/gpu": None, "memory": "48Gi"}
+    answer = runs.create(sent({"spec.runtime.resources.limits": amounts}), **DRY_RUN)
+    assert answer.status == HTTPStatus.CREATED, answer.message
+    assert answer.body["spec"]["runtime"]["resources"]["limits"] == {"memory": "48Gi"}
+
+
 @pytest.mark.parametrize(
     "conditions",
-    [[], [{**PREPARED, "status": "False"}], [{**PREPARED, "type": "Validated"}]],
+    [[], [{**PLANNED, "status": "False"}], [{**PLANNED, "type": "Validated"}]],
     ids=["none", "preparing", "validated"],
 )
 def test_run_that_has_not_started_may_change(
@@ -256,21 +357,12 @@ def test_run_that_has_not_started_may_change(
     assert answer.status == HTTPStatus.OK, answer.message
 
 
-def test_started_run_may_be_suspended_and_let_go_on(runs: Runs) -> None:
-    document = runs.started("suspend")
-    for suspend in (True, False):
-        answer = runs.replace({**document, "spec": {**document["spec"], "suspend": suspend}})
-        assert answer.status == HTTPStatus.OK, answer.message
-        document = answer.body
-        assert document["spec"]["suspend"] is suspend
-
-
 def test_started_run_takes_the_same_manifest_again(
     cluster: Cluster, runs: Runs, namespace: str
 ) -> None:
     text = json.dumps(sent({"metadata.namespace": namespace}, "again"))
     cluster.kubectl("apply", "-f", "-", stdin=text)
-    document = {**runs.get("again"), "status": {"conditions": [PREPARED]}}
+    document = {**runs.get("again"), "status": {"conditions": [PLANNED]}}
     assert runs.replace(document, "/status").status == HTTPStatus.OK
     said = cluster.kubectl("apply", "-f", "-", stdin=text)
     assert said == f"{names.SINGULAR}.{names.GROUP}/again unchanged\n"

@@ -2,11 +2,21 @@
 
 import copy
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from ruamel.yaml import YAML
 
+from stagetune_api import names
 from stagetune_api.structural import Node
+
+ROOT = Path(__file__).resolve().parents[2]
+EXAMPLES = [
+    path
+    for path in sorted((ROOT / "examples").rglob("*.yaml"))
+    if f"\nkind: {names.KIND}\n" in path.read_text(encoding="utf-8")
+]
+"""The files of examples/ that hold a manifest of ours."""
 
 Edits = Mapping[str, Any]
 """Values by path, as `spec.training.batchSize`; None takes the field away."""
@@ -47,6 +57,18 @@ def edited(edits: Edits | None = None) -> Node:
     return document
 
 
+SECTIONS_WITH_DEFAULTS: Edits = {
+    "spec.training.earlyStopping": {},
+    "spec.evaluation": {"exactMatch": {}},
+    "spec.runtime": {
+        "resources": {"limits": {"nvidia.com/gpu": 1}, "requests": {"memory": "32Gi"}},
+        "tolerations": [{"key": "gpu"}],
+    },
+    "spec.storage": {"size": "200Gi"},
+    "spec.retry": {"number": 1},
+}
+"""Edits that open the sections whose fields have defaults."""
+
 LOWER = {"name": "lower", "layers": {"first": 0, "last": 3}}
 UPPER = {"name": "upper", "layers": {"first": 4, "last": 7}}
 RATES = {"bottom": 5e-5, "top": 1e-4}
@@ -55,6 +77,11 @@ RATES = {"bottom": 5e-5, "top": 1e-4}
 def in_stages(*stages: Node, **edits: Any) -> Edits:
     """Edits that give explicit stages in place of a schedule."""
     return {"spec.schedule": None, "spec.stages": list(stages), **edits}
+
+
+def tolerating(*tolerations: Node) -> Edits:
+    """Edits that give the run's pods tolerations."""
+    return {"spec.runtime.tolerations": list(tolerations)}
 
 
 class Case(NamedTuple):
@@ -101,7 +128,7 @@ CASES = {
             "spec.schedule.dataFraction",
         ),
     ],
-    "a file:// source has no revision": [
+    "only hf:// and ms:// sources have revisions": [
         Case(
             {"spec.model": {"source": "file://model", "revision": "main"}},
             {"spec.model": {"source": "ms://org/model", "revision": "main"}},
@@ -110,6 +137,17 @@ CASES = {
         Case(
             {"spec.dataset.revision": "main"},
             {"spec.dataset.revision": "main", "spec.dataset.source": "hf://org/rows"},
+            "spec.dataset.revision",
+        ),
+        Case(
+            {"spec.model": {"source": "pvc://models/base", "revision": "main"}},
+            # What has no program behind it is another matter than what has no meaning.
+            {"spec.model": {"source": "s3://models/base", "revision": "main"}},
+            "spec.model.revision",
+        ),
+        Case(
+            {"spec.dataset.source": "pvc://rows/finance.jsonl", "spec.dataset.revision": "main"},
+            {"spec.dataset.source": "pvc://rows/finance.jsonl"},
             "spec.dataset.revision",
         ),
     ],
@@ -227,9 +265,125 @@ CASES = {
     ],
     "a resource name is longer": [
         Case(
-            {"spec.runtime.resources.limits": {"n" * 129: "1"}},
-            {"spec.runtime.resources.limits": {"n" * 128: "1"}},
-            "spec.runtime.resources.limits." + "n" * 129,
+            {f"spec.runtime.resources.{field}": {"n" * 129: "1"}},
+            {f"spec.runtime.resources.{field}": {"n" * 128: "1"}},
+            f"spec.runtime.resources.{field}." + "n" * 129,
+        )
+        for field in ("limits", "requests")
+    ],
+    "extended resources such as nvidia.com/gpu are only given out whole": [
+        Case(
+            {f"spec.runtime.resources.{field}": {"nvidia.com/gpu": "500m", "cpu": "500m"}},
+            {f"spec.runtime.resources.{field}": {"nvidia.com/gpu": "2", "cpu": "500m"}},
+            f"spec.runtime.resources.{field}.nvidia.com/gpu",
+        )
+        for field in ("limits", "requests")
+    ],
+    "a label's name is empty or longer": [
+        Case(
+            {"spec.runtime.nodeSelector": {"n" * 318: "yes"}},
+            {"spec.runtime.nodeSelector": {"n" * 317: "yes"}},
+            "spec.runtime.nodeSelector." + "n" * 318,
+        ),
+        Case(
+            {"spec.runtime.nodeSelector": {"": "yes"}},
+            {"spec.runtime.nodeSelector": {"n": ""}},
+            "spec.runtime.nodeSelector.",
+        ),
+    ],
+    "operator Exists compares no value": [
+        Case(
+            tolerating({"key": "gpu", "operator": "Exists", "value": "a100"}),
+            tolerating({"key": "gpu", "operator": "Equal", "value": "a100"}),
+            "spec.runtime.tolerations[0].value",
+        ),
+        Case(
+            tolerating({"key": "gpu"}, {"operator": "Exists", "value": ""}),
+            tolerating({"key": "gpu"}, {"operator": "Exists"}),
+            "spec.runtime.tolerations[1].value",
+        ),
+    ],
+    "operator Equal needs a key": [
+        Case(
+            tolerating({"effect": "NoSchedule"}),
+            tolerating({"effect": "NoSchedule", "operator": "Exists"}),
+            "spec.runtime.tolerations[0].key",
+        ),
+        Case(
+            tolerating({"value": "a100"}),
+            tolerating({"key": "gpu", "value": "a100"}),
+            "spec.runtime.tolerations[0].key",
+        ),
+    ],
+    "only effect NoExecute waits": [
+        Case(
+            tolerating({"key": "gpu", "effect": "NoSchedule", "tolerationSeconds": 60}),
+            tolerating({"key": "gpu", "effect": "NoExecute", "tolerationSeconds": 60}),
+            "spec.runtime.tolerations[0].tolerationSeconds",
+        ),
+        Case(
+            tolerating({"key": "gpu", "tolerationSeconds": 0}),
+            tolerating({"key": "gpu"}),
+            "spec.runtime.tolerations[0].tolerationSeconds",
+        ),
+    ],
+    "give exactly one of size and claimName": [
+        Case({"spec.storage": {}}, {"spec.storage": {"size": "200Gi"}}, "spec.storage.size"),
+        Case(
+            {"spec.storage": {"size": "200Gi", "claimName": "runs"}},
+            {"spec.storage": {"claimName": "runs"}},
+            "spec.storage.size",
+        ),
+    ],
+    "a claim that is there already has its class": [
+        Case(
+            {"spec.storage": {"claimName": "runs", "storageClassName": "fast"}},
+            {"spec.storage": {"size": "200Gi", "storageClassName": "fast"}},
+            "spec.storage.storageClassName",
+        ),
+    ],
+    "Nothing deletes the claim that was made": [
+        Case(
+            {"spec.storage": {"claimName": "runs", "retain": "Nothing"}},
+            {"spec.storage": {"size": "200Gi", "retain": "Nothing"}},
+            "spec.storage.retain",
+        ),
+        Case(
+            {"spec.storage": {"claimName": "runs", "retain": "Nothing"}},
+            {"spec.storage": {"claimName": "runs", "retain": "Everything"}},
+            "spec.storage.retain",
+        ),
+    ],
+    "a pvc:// source names a claim and a path on it": [
+        *(
+            Case(
+                {"spec.model.source": refused}, {"spec.model.source": accepted}, "spec.model.source"
+            )
+            for refused, accepted in (
+                ("pvc://models", "pvc://models/base"),
+                ("pvc://models/", "pvc://models/base/"),
+                ("pvc://models/../other", "pvc://models/..other"),
+                ("pvc://models/base/..", "pvc://models/base..."),
+                ("pvc://models/./base", "pvc://models/.base"),
+                ("pvc://../base", "pvc://a.b/base"),
+                ("pvc://Models/base", "pvc://models/Base"),
+                ("pvc://models//base", "pvc://models/a b/base"),
+            )
+        ),
+        Case(
+            {"spec.dataset.source": "pvc://rows/../other/rows.jsonl"},
+            {"spec.dataset.source": "pvc://rows/rows.jsonl"},
+            "spec.dataset.source",
+        ),
+        Case(
+            {"spec.dataset.validation": {"source": "pvc://rows/a/../../b"}},
+            {"spec.dataset.validation": {"source": "pvc://rows/a/b"}},
+            "spec.dataset.validation.source",
+        ),
+        Case(
+            {"spec.evaluation.generalText.source": "pvc://rows/.."},
+            {"spec.evaluation.generalText.source": "pvc://rows/text.txt"},
+            "spec.evaluation.generalText.source",
         ),
     ],
     "metadata.name must be": [
@@ -240,21 +394,132 @@ CASES = {
 }
 
 
-CHANGES: dict[str, Any] = {
+QUANTITIES: dict[str, tuple[Any, ...]] = {
+    "accepted": (0, 1, 8, "0", "1", "0.5", "500m", "48Gi", "1.5Gi", "2G", "9" * 32),
+    "refused": (
+        *(-1, 1.5, True, [1], {}),
+        *("-1", "", "1.5GiB", "48 Gi", "Gi", "1e3", ".5", "+1", "1\n", "9" * 33),
+    ),
+}
+"""Amounts of a resource on both sides of what the schema takes."""
+
+FROZEN_CHANGES: dict[str, Any] = {
     "model": {"source": "hf://Qwen/Qwen2.5-14B-Instruct"},
     "dataset": {"source": "file://other.jsonl", "validation": {"fraction": 0.05}},
     "method": {"type": "LoRA"},
     "schedule": {"layersPerStage": 8},
-    "stages": [LOWER],
     "training": {"learningRate": 2e-4},
     "protection": {"anchor": {"weight": 0.5}},
-    "runtime": {"queueName": "team-b"},
     "storage": {"size": "200Gi"},
     "evaluation": {"samples": 5},
     "export": {"dtype": "BF16"},
     "serve": {"replicas": 2},
 }
-"""For every field of `spec` but suspend a value that the sound manifest does not have."""
+"""For every field of `spec` that a started run keeps, a value that the sound manifest has not."""
 
-PREPARED = {"type": "Prepared", "status": "True", "reason": "Prepared"}
-PREPARED |= {"lastTransitionTime": "2026-01-01T00:00:00Z"}
+FREE_CHANGES: dict[str, Any] = {
+    "runtime": {"queueName": "team-b", "resources": {"limits": {"nvidia.com/gpu": 2}}},
+    "suspend": True,
+    "retry": {"number": 1, "fromStage": "lower"},
+}
+"""For every field of `spec` that may change at any time, a value that the sound manifest has not.
+
+`stages` is neither: see STAGE_EDITS.
+"""
+
+PLANNED = {"type": "Planned", "status": "True", "reason": "Planned"}
+PLANNED |= {"lastTransitionTime": "2026-01-01T00:00:00Z"}
+"""The condition by which a run counts as started."""
+
+MIDDLE = {"name": "middle", "layers": {"first": 2, "last": 5}}
+THREE_STAGES = (LOWER, MIDDLE, UPPER)
+ANOTHER = {"name": "another", "layers": {"first": 0, "last": 1}}
+
+
+class StageEdit(NamedTuple):
+    """A change of THREE_STAGES, and the states of those for which it is refused or accepted."""
+
+    stages: tuple[Node, ...]
+    refused: tuple[str, ...]
+    """States of lower, middle and upper, of which each alone makes it a refused change."""
+    accepted: tuple[str, ...]
+
+
+STAGE_EDITS = {
+    "first-changed": StageEdit(
+        ({**LOWER, "epochs": 2}, MIDDLE, UPPER),
+        ("Running Pending Pending", "Succeeded Queued Pending", "Failed Pending Pending"),
+        ("Pending Pending Pending",),
+    ),
+    "second-changed": StageEdit(
+        (LOWER, {**MIDDLE, "learningRate": 1e-3}, UPPER),
+        (
+            "Succeeded Queued Pending",
+            "Succeeded Running Pending",
+            "Succeeded Interrupted Pending",
+            "Succeeded Failed Pending",
+            "Succeeded Succeeded Succeeded",
+        ),
+        ("Succeeded Pending Pending", "Running Pending Pending"),
+    ),
+    "last-changed": StageEdit(
+        (LOWER, MIDDLE, {**UPPER, "layers": {"first": 5, "last": 7}}),
+        ("Succeeded Succeeded Running",),
+        ("Succeeded Running Pending", "Pending Pending Pending"),
+    ),
+    "last-removed": StageEdit(
+        (LOWER, MIDDLE),
+        ("Succeeded Succeeded Running",),
+        ("Succeeded Succeeded Pending", "Running Pending Pending"),
+    ),
+    "first-removed": StageEdit(
+        (MIDDLE, UPPER), ("Running Pending Pending",), ("Pending Pending Pending",)
+    ),
+    "renamed": StageEdit(
+        (LOWER, {**MIDDLE, "name": "centre"}, UPPER),
+        ("Succeeded Running Pending",),
+        ("Succeeded Pending Pending",),
+    ),
+    "added-at-the-end": StageEdit(
+        (*THREE_STAGES, ANOTHER),
+        (),
+        ("Succeeded Succeeded Running", "Succeeded Pending Pending", "Pending Pending Pending"),
+    ),
+    "added-between": StageEdit(
+        (LOWER, ANOTHER, MIDDLE, UPPER),
+        ("Succeeded Running Pending", "Succeeded Succeeded Succeeded"),
+        ("Succeeded Pending Pending", "Running Pending Pending"),
+    ),
+    "added-at-the-start": StageEdit(
+        (ANOTHER, *THREE_STAGES), ("Running Pending Pending",), ("Pending Pending Pending",)
+    ),
+    "pending-swapped": StageEdit(
+        (LOWER, UPPER, MIDDLE),
+        ("Succeeded Running Pending", "Succeeded Succeeded Running"),
+        ("Succeeded Pending Pending", "Running Pending Pending"),
+    ),
+    "replaced-but-for-the-first": StageEdit(
+        (LOWER, ANOTHER), ("Succeeded Running Pending",), ("Succeeded Pending Pending",)
+    ),
+    "unchanged": StageEdit(
+        THREE_STAGES, (), ("Succeeded Succeeded Running", "Pending Succeeded Pending")
+    ),
+}
+
+
+def stage_edits(side: str) -> dict[str, tuple[tuple[Node, ...], str]]:
+    """Return by name what STAGE_EDITS has on one side, each with one of its states."""
+    return {
+        f"{name}-{states.replace(' ', '-')}": (edit.stages, states)
+        for name, edit in STAGE_EDITS.items()
+        for states in getattr(edit, side)
+    }
+
+
+def stages_in(states: str) -> Node:
+    """Return the status of a started run whose three stages are in `states`."""
+    stages = [
+        {"name": stage["name"], "layers": stage["layers"], "state": state}
+        for stage, state in zip(THREE_STAGES, states.split(), strict=True)
+    ]
+    return {"conditions": [PLANNED], "stages": stages}

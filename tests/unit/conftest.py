@@ -12,7 +12,7 @@ from ruamel.yaml import YAML
 
 from manifest_cases import edited
 from stagetune_api.schema import CRD_FILE
-from stagetune_api.structural import Node
+from stagetune_api.structural import INT_OR_STRING, Node
 
 
 class ApiServer:
@@ -62,6 +62,8 @@ class ApiServer:
 def to_json_schema(node: Node) -> Node:
     """Return a structural schema as JSON Schema that also refuses unknown fields."""
     result = {key: value for key, value in node.items() if not key.startswith("x-kubernetes")}
+    if node.get(INT_OR_STRING):
+        result["type"] = ["integer", "string"]
     for bound in ("minimum", "maximum"):
         if result.pop(f"exclusive{bound.capitalize()}", False):
             result[f"exclusive{bound.capitalize()}"] = result.pop(bound)
@@ -103,12 +105,15 @@ def _repeated_keys(schema: Node, document: Node) -> Iterator[str]:
 
 
 def _read(value: Any, node: Node) -> Any:
-    if node["type"] == "number" and isinstance(value, int) and not isinstance(value, bool):
+    if node.get("type") == "number" and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if isinstance(value, list) and "items" in node:
         return [_read(item, node["items"]) for item in value]
     if not isinstance(value, dict):
         return value
+    if "additionalProperties" in node:
+        values = node["additionalProperties"]
+        return {key: _read(item, values) for key, item in value.items() if item is not None}
     known = node.get("properties", {})
     present = {key: item for key, item in value.items() if item is not None or key not in known}
     for name, child in known.items():

@@ -10,12 +10,13 @@ import pytest
 from pydantic import Field
 from ruamel.yaml import YAML
 
+from manifest_cases import EXAMPLES, SECTIONS_WITH_DEFAULTS
 from stagetune_api import names
 from stagetune_api.base import ApiModel
 from stagetune_api.schema import CRD_FILE, build_crd, find_faults, main, render
 from stagetune_api.spec import StagedFineTune
 from stagetune_api.status import StagedFineTuneStatus
-from stagetune_api.structural import Node, SchemaError, structural_schema
+from stagetune_api.structural import INT_OR_STRING, Node, SchemaError, structural_schema
 from stagetune_api.validation import parse_manifest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -132,6 +133,7 @@ ALLOWED = {
     *("minimum", "maximum", "exclusiveMinimum", "exclusiveMaximum", "minLength", "maxLength"),
     *("minItems", "maxItems", "maxProperties", "properties", "additionalProperties"),
     *("x-kubernetes-list-type", "x-kubernetes-list-map-keys", "x-kubernetes-validations"),
+    INT_OR_STRING,
 }
 TYPES = ("object", "array", "string", "integer", "number", "boolean")
 
@@ -139,7 +141,10 @@ TYPES = ("object", "array", "string", "integer", "number", "boolean")
 def structural_faults(node: Node, path: str = "") -> Iterator[str]:
     """Yield where `node` breaks the rules of structural schemas, or what we add to them."""
     yield from (f"{path}: {key} is not allowed" for key in sorted(node.keys() - ALLOWED))
-    if node.get("type") not in TYPES:
+    if INT_OR_STRING in node:
+        if node[INT_OR_STRING] is not True or "type" in node or "format" in node:
+            yield f"{path}: a number or text has no other type"
+    elif node.get("type") not in TYPES:
         yield f"{path}: a type is missing"
     if "default" in node and node["default"] is None:
         yield f"{path}: the default is null"
@@ -205,6 +210,8 @@ def test_schema_is_structural(crd: Node) -> None:
         ("stages", "x-kubernetes-list-map-keys", ["epochs"], "must be required"),
         ("stages", "prefixItems", [], "prefixItems is not allowed"),
         ("suspend", "exclusiveMinimum", 0, "exclusive as in JSON Schema"),
+        ("suspend", INT_OR_STRING, True, "a number or text has no other type"),
+        ("suspend", INT_OR_STRING, False, "a number or text has no other type"),
     ],
 )
 def test_structural_check_sees_every_trap(
@@ -224,6 +231,7 @@ def test_lists_of_named_things_are_merged_by_name(crd: Node) -> None:
     assert spec["stages"]["x-kubernetes-list-map-keys"] == ["name"]
     assert status["conditions"]["x-kubernetes-list-map-keys"] == ["type"]
     assert status["stages"]["x-kubernetes-list-map-keys"] == ["name"]
+    assert status["tasks"]["x-kubernetes-list-map-keys"] == ["name"]
 
 
 class Unbounded(ApiModel):
@@ -245,10 +253,41 @@ class Undescribed(ApiModel):
     seed: int
 
 
+class Quantities(ApiModel):
+    """A model with the one union that the server knows."""
+
+    size: Annotated[int, Field(ge=0, lt=9)] | Annotated[str, Field(max_length=8, pattern="^[0-9]$")]
+    """size in either
+    form."""
+    rest: Annotated[int, Field(le=9)] | Annotated[str, Field(max_length=8)] | None = None
+    """rest in either form, or none."""
+
+
 class Union(ApiModel):
     """A model with a union."""
 
+    size: int | bool
+    """size in either form."""
+
+
+class ThreeForms(ApiModel):
+    """A model with a union of more than the server knows."""
+
+    size: int | Annotated[str, Field(max_length=8)] | float
+    """size in any form."""
+
+
+class LongText(ApiModel):
+    """A model with a union whose text has no maximum."""
+
     size: int | str
+    """size in either form."""
+
+
+class EvenNumber(ApiModel):
+    """A model with a union whose number has a bound that the server does not know."""
+
+    size: Annotated[int, Field(multiple_of=2)] | Annotated[str, Field(max_length=8)]
     """size in either form."""
 
 
@@ -302,22 +341,43 @@ def test_descriptions_without_the_name_are_listed() -> None:
     ]
 
 
-@pytest.mark.parametrize("model", [Union, Pair, Distinct, Anything, OtherDefault])
+def test_number_or_text_keeps_the_bounds_of_both() -> None:
+    schema = structural_schema(Quantities)
+    assert schema["properties"] == {
+        "size": {
+            "description": "size in either form.",
+            INT_OR_STRING: True,
+            "minimum": 0,
+            "maximum": 9,
+            "exclusiveMaximum": True,
+            "maxLength": 8,
+            "pattern": "^[0-9]$",
+        },
+        "rest": {
+            "description": "rest in either form, or none.",
+            INT_OR_STRING: True,
+            "maximum": 9,
+            "maxLength": 8,
+        },
+    }
+    assert schema["required"] == ["size"]
+    assert find_faults(schema) == []
+
+
+@pytest.mark.parametrize(
+    "model",
+    [Union, ThreeForms, LongText, EvenNumber, Pair, Distinct, Anything, OtherDefault],
+)
 def test_what_cannot_be_translated_is_refused(model: type[ApiModel]) -> None:
     with pytest.raises(SchemaError):
         structural_schema(model)
 
 
-def examples() -> list[Path]:
-    found = sorted((ROOT / "examples").rglob("*.yaml"))
-    return [path for path in found if load(path).get("kind") == names.KIND]
-
-
 def test_there_are_examples() -> None:
-    assert examples()
+    assert EXAMPLES
 
 
-@pytest.mark.parametrize("path", examples(), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.name)
 def test_example_is_accepted_by_the_schema_and_by_the_models(path: Path, server: Any) -> None:
     document = load(path)
     assert server.refusals(document) == []
@@ -327,7 +387,7 @@ def test_example_is_accepted_by_the_schema_and_by_the_models(path: Path, server:
 def test_server_fills_in_the_defaults_of_the_models(
     server: Any, manifest: Callable[..., Node]
 ) -> None:
-    document = manifest({"spec.training.earlyStopping": {}, "spec.evaluation": {"exactMatch": {}}})
+    document = manifest(SECTIONS_WITH_DEFAULTS)
     parsed = parse_manifest(document)
     assert isinstance(parsed, StagedFineTune)
     of_models = parsed.spec.model_dump(mode="json", exclude_none=True)

@@ -9,7 +9,7 @@ import pytest
 from stagetune_api.problems import InvalidManifestError, Problem, ProblemReason
 from stagetune_api.spec import StagedFineTune
 from stagetune_api.structural import Node
-from stagetune_api.validation import parse_manifest
+from stagetune_api.validation import Runner, check_runner, parse_manifest
 
 
 def problems_of(document: Node) -> list[Problem]:
@@ -50,7 +50,9 @@ def test_conflicts_are_all_returned_at_once(manifest: Callable[..., Node]) -> No
             "spec.schedule": {"layersPerStage": 4, "stageCount": 2, "head": "LastStage"},
             "spec.method": {"type": "LoRA", "expand": {}},
             "spec.training": {"batchSize": 10, "microBatchSize": 4},
-            "spec.suspend": True,
+            "spec.runtime": {"engine": "DeepSpeed", "tolerations": [{}, {"operator": "Exists"}]},
+            "spec.storage": {"claimName": "runs", "storageClassName": "fast", "retain": "Nothing"},
+            "spec.serve": {},
         }
     )
     assert [(problem.path, str(problem.reason)) for problem in problems_of(document)] == [
@@ -61,7 +63,11 @@ def test_conflicts_are_all_returned_at_once(manifest: Callable[..., Node]) -> No
         ("spec.schedule.head", "Conflict"),
         ("spec.training.learningRate", "Required"),
         ("spec.training.microBatchSize", "Conflict"),
-        ("spec.suspend", "NotYetSupported"),
+        ("spec.storage.storageClassName", "Conflict"),
+        ("spec.storage.retain", "Conflict"),
+        ("spec.runtime.tolerations[0].key", "Conflict"),
+        ("spec.serve", "NotYetSupported"),
+        ("spec.runtime.engine", "NotYetSupported"),
     ]
 
 
@@ -146,6 +152,18 @@ def test_field_names_are_camel_case_only(manifest: Callable[..., Node]) -> None:
         ({"spec.export.format": "Adapter"}, "spec.export.format", "use Merged"),
         ({"spec.training": None}, "spec.training.learningRate", "2e-5 to 1e-4 is usual"),
         ({"spec.dataset.revision": "main"}, "spec.dataset.revision", "remove it"),
+        ({"spec.model.source": "pvc://models/.."}, "spec.model.source", "without '..'"),
+        ({"spec.storage": {}}, "spec.storage.size", "neither is given"),
+        (
+            {"spec.storage": {"size": "1Gi", "claimName": "runs"}},
+            "spec.storage.size",
+            "both are given",
+        ),
+        (
+            {"spec.runtime": {"engine": "DeepSpeed"}},
+            "spec.runtime.engine",
+            "use Auto or Single",
+        ),
     ],
 )
 def test_message_names_the_cure(
@@ -172,16 +190,12 @@ def test_message_shows_the_value_and_what_is_expected(
         ("spec.training.optimizer", "AdamW8bit"),
         ("spec.training.prefixCache", "Auto"),
         ("spec.protection", {"distillation": {"weight": 0.1}}),
-        ("spec.runtime", {"queueName": "team-a"}),
-        ("spec.storage", {"size": "100Gi"}),
+        ("spec.runtime", {"engine": "DeepSpeed"}),
         ("spec.serve", {"replicas": 1}),
-        ("spec.model.secretName", "hub-token"),
-        ("spec.dataset.secretName", "hub-token"),
-        ("spec.suspend", True),
         ("spec.model.source", "s3://bucket/model"),
-        ("spec.dataset.source", "pvc://claim/rows.jsonl"),
+        ("spec.dataset.source", "s3://bucket/rows.jsonl"),
         ("spec.dataset.validation", {"source": "s3://bucket/rows.jsonl"}),
-        ("spec.evaluation.generalText", {"source": "pvc://claim/text.txt"}),
+        ("spec.evaluation.generalText", {"source": "s3://bucket/text.txt"}),
     ],
 )
 def test_part_without_a_program_behind_it_is_not_yet_supported(
@@ -194,6 +208,121 @@ def test_part_without_a_program_behind_it_is_not_yet_supported(
     assert "not yet supported" in problem.message
     # A matter of the program's version: a CRD that outlives it must not refuse it.
     assert server.refusals(document) == []
+
+
+ON_A_CLUSTER = {
+    "spec.model": {"source": "pvc://models/base", "secretName": "hub-token"},
+    "spec.dataset": {
+        "source": "pvc://rows/finance.jsonl",
+        "secretName": "hub-token",
+        "validation": {"source": "pvc://rows/held-out.jsonl"},
+    },
+    "spec.evaluation.generalText": {"source": "pvc://rows/text.txt"},
+    "spec.runtime": {
+        "resources": {
+            "limits": {"nvidia.com/gpu": 1, "memory": "64Gi"},
+            "requests": {"cpu": "500m"},
+        },
+        "queueName": "team-a",
+        "priorityClassName": "low",
+        "nodeSelector": {"nvidia.com/gpu.product": "A100"},
+        "tolerations": [{"key": "gpu", "effect": "NoExecute", "tolerationSeconds": 60}],
+        "maxRetries": 0,
+        "gracePeriodSeconds": 300,
+        "engine": "Single",
+    },
+    "spec.storage": {"size": "200Gi", "modelsClaimName": "models", "retain": "Nothing"},
+    "spec.suspend": True,
+    "spec.retry": {"number": 2, "fromStage": "layers-4-7"},
+}
+FILES = {
+    "spec.model.source": "file://model",
+    "spec.dataset.source": "file://rows.jsonl",
+    "spec.dataset.validation": {"source": "file://held-out.jsonl"},
+    "spec.evaluation.generalText": {"source": "file://text.txt"},
+}
+SOURCE_PATHS = [
+    "spec.model.source",
+    "spec.dataset.source",
+    "spec.dataset.validation.source",
+    "spec.evaluation.generalText.source",
+]
+
+
+def problems_for(runner: Runner, document: Node) -> list[Problem]:
+    parsed = parse_manifest(document)
+    assert isinstance(parsed, StagedFineTune), parsed
+    return check_runner(parsed.spec, runner)
+
+
+def test_what_a_cluster_needs_is_a_valid_manifest(
+    manifest: Callable[..., Node], server: Any
+) -> None:
+    document = manifest(ON_A_CLUSTER)
+    assert server.refusals(document) == []
+    assert problems_for(Runner.CLUSTER, document) == []
+
+
+def test_cluster_refuses_files_of_one_machine_and_a_run_without_a_volume(
+    manifest: Callable[..., Node],
+) -> None:
+    problems = problems_for(Runner.CLUSTER, manifest(FILES))
+    assert [problem.path for problem in problems] == [*SOURCE_PATHS, "spec.storage"]
+    assert all("pvc://claim/path" in problem.message for problem in problems[:-1])
+    assert problems[0].message.startswith("file://model is a path on one machine")
+    assert problems[-1].reason is ProblemReason.REQUIRED
+    assert "storage.size" in problems[-1].message
+
+
+def test_one_machine_refuses_claims_and_a_suspended_run(manifest: Callable[..., Node]) -> None:
+    problems = problems_for(Runner.LOCAL, manifest(ON_A_CLUSTER))
+    assert [problem.path for problem in problems] == [*SOURCE_PATHS, "spec.suspend"]
+    assert {problem.reason for problem in problems} == {ProblemReason.CONFLICT}
+    assert "use file://, hf:// or ms:// here" in problems[0].message
+    assert "Ctrl-C" in problems[-1].message
+
+
+def test_one_machine_takes_what_counts_on_clusters_only(manifest: Callable[..., Node]) -> None:
+    sections = {path: ON_A_CLUSTER[path] for path in ("spec.runtime", "spec.storage", "spec.retry")}
+    assert problems_for(Runner.LOCAL, manifest({**FILES, **sections})) == []
+
+
+@pytest.mark.parametrize("runner", Runner)
+def test_every_runner_takes_hubs_and_a_volume(
+    runner: Runner, manifest: Callable[..., Node]
+) -> None:
+    edits = {
+        "spec.dataset.source": "ms://org/rows",
+        "spec.dataset.validation": {"source": "hf://org/held-out"},
+        "spec.storage": {"claimName": "runs"},
+        "spec.suspend": False,
+    }
+    assert problems_for(runner, manifest(edits)) == []
+
+
+@pytest.mark.parametrize("runner", Runner)
+def test_sound_manifest_lacks_for_a_runner_only_what_is_its_own(
+    runner: Runner, manifest: Callable[..., Node]
+) -> None:
+    expected = {Runner.CLUSTER: ["spec.dataset.source", "spec.storage"], Runner.LOCAL: []}
+    assert [problem.path for problem in problems_for(runner, manifest())] == expected[runner]
+
+
+def test_refused_quantity_is_one_problem_beside_others(manifest: Callable[..., Node]) -> None:
+    document = manifest(
+        {
+            "spec.runtime.resources.limits": {"nvidia.com/gpu": 1.5, "memory": "64Gi"},
+            "spec.runtime.nodeSelector": {"": "yes"},
+            "spec.runtime.maxRetries": -1,
+            "spec.storage": {},
+        }
+    )
+    assert [(problem.path, str(problem.reason)) for problem in problems_of(document)] == [
+        ("spec.runtime.resources.limits.nvidia.com/gpu", "Invalid"),
+        ("spec.runtime.nodeSelector.", "Invalid"),
+        ("spec.runtime.maxRetries", "Invalid"),
+        ("spec.storage.size", "Conflict"),
+    ]
 
 
 def test_error_shows_every_problem_with_its_path(manifest: Callable[..., Node]) -> None:
