@@ -1,0 +1,293 @@
+"""One task of a run, attempt by attempt: its Job is made, followed, taken over, or tried again.
+
+`decide` says which task it is. Each function returns the standing of the run, or None where the
+task is done.
+"""
+
+from stagetune_api.report import Failure, FailureClass, StageReport
+from stagetune_api.stage import Task
+from stagetune_api.status import ConditionReason, RunState, StageState, StageStatus
+from stagetune_operator.conditions import Standing
+from stagetune_operator.failures import (
+    GiveUp,
+    Redo,
+    Retry,
+    damaged_task,
+    decide_remedy,
+    read_failure,
+)
+from stagetune_operator.manifests import JobOrder, build_job
+from stagetune_operator.records import progress_values, trained_values
+from stagetune_operator.replan import changed_inputs, num_gpus
+from stagetune_operator.run_pass import Create, DeleteJob, RunPass
+from stagetune_operator.stage_files import Step, run_layout
+from stagetune_operator.views import JobPhase, JobView, PodView, seconds_between
+from stagetune_operator.waiting import describe_wait, has_image_problem
+
+_AT_WORK = {
+    Task.PREPARE: (RunState.PREPARING, ConditionReason.PREPARING),
+    Task.TRAIN: (RunState.TRAINING, ConditionReason.TRAINING),
+    Task.EVALUATE: (RunState.EVALUATING, ConditionReason.EVALUATING),
+    Task.EXPORT: (RunState.EXPORTING, ConditionReason.EXPORTING),
+}
+
+
+def at_work(step: Step, message: str = "") -> Standing:
+    """Return the standing of a run that is at `step`."""
+    state, reason = _AT_WORK[step.task]
+    return Standing(state=state, reason=reason, message=message or step.title)
+
+
+def advance(run: RunPass, step: Step) -> Standing | None:
+    """Bring `step` on as far as it goes now; None once it is done."""
+    record = run.record_of(step)
+    job = run.objects.newest_job(step.key, after_attempt=record.attempts_before)
+    if job is None:
+        if record.state is StageState.SUCCEEDED:
+            return None
+        return _start(run, step)
+    disruptions = sum(pod.was_disrupted for pod in run.objects.pods if pod.task == step.key)
+    if disruptions > record.disruptions:
+        run.set(step, disruptions=disruptions)
+    if record.attempts < job.attempt:
+        run.set(step, attempts=job.attempt, micro_batch_size=_smaller(run, job))
+    if record.state is StageState.SUCCEEDED and record.attempts >= job.attempt:
+        return None
+    match job.phase:
+        case JobPhase.ACTIVE:
+            return _follow(run, step, job)
+        case JobPhase.SUCCEEDED:
+            return _take_over(run, step, job)
+        case JobPhase.FAILED:
+            return _fail(run, step, job, read_failure(job, run.objects.pods_of(job)))
+
+
+def _start(run: RunPass, step: Step) -> Standing:
+    """Make the Job for the next attempt at `step`."""
+    if run.spec.suspend:
+        return run.suspended()
+    record = run.record_of(step)
+    if record.state is StageState.INTERRUPTED:
+        # It was ended by the suspension, which does not count.
+        run.set(step, attempts_before=record.attempts)
+    attempt = record.attempts + 1
+    order = JobOrder(
+        config=run.stage_file(step),
+        task=step.key,
+        attempt=attempt,
+        claim=run.status.claim_name,
+        inputs=_inputs(run, step),
+        preferred_node=_last_node(run),
+    )
+    manifest = build_job(run.owner, run.spec, run.circumstances.settings, order)
+    run.act(Create(manifest=manifest))
+    run.set(step, state=StageState.QUEUED, attempts=attempt)
+    return Standing(
+        state=RunState.QUEUED, reason=ConditionReason.QUEUED, message=f"{step.title} is queued"
+    )
+
+
+def _inputs(run: RunPass, step: Step) -> dict[str, str]:
+    """Return the Jobs whose results `step` goes on from."""
+    inputs = {}
+    for earlier in run.steps:
+        if earlier.key == step.key:
+            break
+        job = run.objects.newest_job(earlier.key)
+        if job is not None:
+            inputs[earlier.key] = job.name
+    return inputs
+
+
+def _last_node(run: RunPass) -> str | None:
+    """Return the node of the pod that ended last: its caches are warm."""
+    ended = [pod for pod in run.objects.pods if pod.node and pod.finished]
+    last = max(ended, key=lambda pod: pod.finished or "", default=None)
+    return last.node if last is not None else None
+
+
+def _follow(run: RunPass, step: Step, job: JobView) -> Standing:
+    """Show how an unfinished Job stands; end it where the run is suspended."""
+    pods = run.objects.pods_of(job)
+    if run.spec.suspend:
+        return _suspend(run, step, job)
+    if job.is_deleting:
+        # By somebody else's hand; what comes next is decided when it is gone.
+        return at_work(step, f"{job.name} is being deleted")
+    pod = next((pod for pod in reversed(pods) if pod.phase in ("Pending", "Running")), None)
+    if pod is None or pod.started is None:
+        run.set(step, state=StageState.QUEUED)
+        return _wait(run, step, job, pod)
+    run.set(step, state=StageState.RUNNING)
+    if step.task is Task.TRAIN:
+        _show_progress(run, step, job, pod)
+    return at_work(step)
+
+
+def _show_progress(run: RunPass, step: Step, job: JobView, pod: PodView) -> None:
+    progress = run.circumstances.progress.get(step.key)
+    values = {"queued_seconds": seconds_between(job.created, pod.started)}
+    if progress is not None and progress.pod_uid == pod.uid:
+        values |= progress_values(progress)
+    run.set(step, **values)
+
+
+def _wait(run: RunPass, step: Step, job: JobView, pod: PodView | None) -> Standing:
+    """Return why a Job's pod does not run yet; an image is not waited for without end."""
+    queue_name = run.spec.runtime.queue_name if run.spec.runtime else None
+    standing = describe_wait(step.title, job, pod, queue_name)
+    if pod is None or not has_image_problem(pod):
+        return standing
+    patience = run.circumstances.settings.image_patience_seconds
+    waited = run.circumstances.age(f"image/{pod.uid}")
+    if waited < patience:
+        run.look_again_seconds = patience - waited
+        return standing
+    run.act(DeleteJob(name=job.name, uid=job.uid))
+    return run.give_up(step, _image_failure(standing.message))
+
+
+def _suspend(run: RunPass, step: Step, job: JobView) -> Standing:
+    if not job.is_deleting:
+        run.act(DeleteJob(name=job.name, uid=job.uid))
+    run.set(step, state=StageState.INTERRUPTED)
+    message = f"{step.title} saves and leaves"
+    return Standing(state=RunState.SUSPENDED, reason=ConditionReason.SUSPENDING, message=message)
+
+
+def _take_over(run: RunPass, step: Step, job: JobView) -> Standing | None:
+    """Take over what a finished Job reports; None if it is all there."""
+    report = report_of(run, job)
+    if report is None or not _has_result(report, step.task):
+        failure = Failure(
+            failure_class=FailureClass.INTERNAL,
+            exit_code=0,
+            message=f"{job.name} is done and its report is lost; it is asked again",
+        )
+        return _fail(run, step, job, failure)
+    match step.task:
+        case Task.PREPARE if run.record is not None and report.facts is not None:
+            changed = changed_inputs(run.record, report.facts)
+            if changed is not None:
+                return run.give_up(step, changed)
+        case Task.TRAIN:
+            _take_over_stage(run, step, job, report)
+        case Task.EVALUATE:
+            run.update(evaluation=report.evaluation)
+        case Task.EXPORT:
+            run.update(export=report.export or str(run_layout(run.owner).export))
+    run.set(step, state=StageState.SUCCEEDED, last_failure=None)
+    return None
+
+
+def _take_over_stage(run: RunPass, step: Step, job: JobView, report: StageReport) -> None:
+    record = run.record_of(step)
+    made = record.checkpoint if isinstance(record, StageStatus) else None
+    if made is not None and report.output is not None and made.digest != report.output.digest:
+        # Done again with another result: what was made of the old one follows it.
+        _begin_again_after(run, step)
+    values = trained_values(
+        report,
+        [pod for pod in run.objects.pods if pod.task == step.key],
+        previous_end=_end_of_task_before(run, step),
+        num_gpus=num_gpus(run.spec),
+    )
+    started = next((pod.started for pod in run.objects.pods_of(job) if pod.started), None)
+    run.set(step, queued_seconds=seconds_between(job.created, started), **values)
+
+
+def _begin_again_after(run: RunPass, step: Step) -> None:
+    steps = run.steps
+    for follower in steps[steps.index(step) + 1 :]:
+        if run.record_of(follower).attempts:
+            run.begin_again(follower)
+
+
+def _end_of_task_before(run: RunPass, step: Step) -> str | None:
+    """Return when the container of the task before `step` ended."""
+    steps = run.steps
+    before = run.objects.newest_job(steps[steps.index(step) - 1].key)
+    pods = run.objects.pods_of(before) if before is not None else []
+    return max((pod.finished for pod in pods if pod.finished), default=None)
+
+
+def _fail(run: RunPass, step: Step, job: JobView, failure: Failure) -> Standing:
+    """Decide what follows from a failed attempt."""
+    record = run.record_of(step)
+    run.set(step, last_failure=failure)
+    micro_batch_size = job.micro_batch_size or run.spec.training.micro_batch_size
+    remedy = decide_remedy(
+        failure,
+        step,
+        failures=job.attempt - record.attempts_before,
+        max_retries=run.spec.runtime.max_retries if run.spec.runtime else 3,
+        delay_seconds=run.circumstances.settings.retry_delay_seconds,
+        training=run.spec.training,
+        micro_batch_size=micro_batch_size,
+        damaged=_damaged(run, step, job, failure),
+    )
+    match remedy:
+        case GiveUp(failure=final):
+            return run.give_up(step, final)
+        case Redo(key=key):
+            earlier = next(item for item in run.steps if item.key == key)
+            run.begin_again(earlier)
+            return _start(run, earlier)
+        case Retry(delay_seconds=delay, micro_batch_size=smaller):
+            if run.spec.suspend:
+                return run.suspended()
+            waited = run.circumstances.age(f"failed/{job.uid}")
+            if waited < delay:
+                run.look_again_seconds = delay - waited
+                run.set(step, state=StageState.QUEUED)
+                return Standing(
+                    state=_AT_WORK[step.task][0],
+                    reason=ConditionReason.RETRYING,
+                    message=f"{step.title} is tried again: {failure.message}"[:4096],
+                )
+            run.set(step, state=StageState.PENDING)
+            if smaller is not None:
+                run.set(step, micro_batch_size=smaller)
+            return _start(run, step)
+
+
+def _damaged(run: RunPass, step: Step, job: JobView, failure: Failure) -> str | None:
+    """Return the task whose result `failure` blames, unless it was done again since."""
+    stages = run.stages
+    key = damaged_task(failure, stages)
+    if key is None or key == step.key or key not in job.inputs:
+        return None
+    newest = run.objects.newest_job(key)
+    return key if newest is None or newest.name == job.inputs[key] else None
+
+
+def _smaller(run: RunPass, job: JobView) -> int | None:
+    size = job.micro_batch_size
+    return size if size != run.spec.training.micro_batch_size else None
+
+
+def report_of(run: RunPass, job: JobView) -> StageReport | None:
+    for pod in reversed(run.objects.pods_of(job)):
+        if pod.exit_code == 0 and pod.report is not None:
+            return pod.report
+    return None
+
+
+def _has_result(report: StageReport, task: Task) -> bool:
+    match task:
+        case Task.PREPARE:
+            return report.facts is not None
+        case Task.TRAIN:
+            return report.train is not None and report.output is not None
+        case Task.EVALUATE:
+            return report.evaluation is not None
+        case Task.EXPORT:
+            return report.outcome.value == "Succeeded"
+
+
+def _image_failure(message: str) -> Failure:
+    return Failure(
+        failure_class=FailureClass.IMAGE_ERROR,
+        exit_code=-1,
+        message=f"{message}; give the operator an image that the nodes can pull"[:8192],
+    )

@@ -1,0 +1,213 @@
+"""What a run needs now: from its objects to a new status and the actions that bring it on.
+
+Pure and level-based: whatever happened before and in which order, the same objects give the same
+decision, so a pass may be repeated, and a restart needs no memory but the status. The tasks are
+walked in order; the first that is not done decides.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from stagetune_api.facts import Facts
+from stagetune_api.spec import StagedFineTune, StagedFineTuneSpec
+from stagetune_api.status import (
+    ConditionReason,
+    ConditionType,
+    RunState,
+    StagedFineTuneStatus,
+    StageState,
+)
+from stagetune_api.validation import Runner, check_runner, parse_manifest
+from stagetune_operator.attempts import advance, at_work, report_of
+from stagetune_operator.conditions import Standing, with_standing
+from stagetune_operator.manifests import (
+    Owner,
+    build_claim,
+    build_plan_record,
+    claim_name,
+    config_digest,
+)
+from stagetune_operator.plan_record import digest_of_planned, plan_record_name
+from stagetune_operator.records import read_status, with_stages
+from stagetune_operator.replan import plan_run, refusal
+from stagetune_operator.run_pass import Action, Circumstances, Create, DeleteJob, RunPass
+from stagetune_operator.stage_files import PREPARE
+from stagetune_operator.views import JobPhase, RunObjects
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decision:
+    """The run's new status, and what is to be done before it is written."""
+
+    status: StagedFineTuneStatus
+    """The status once all actions are done."""
+    fallback: StagedFineTuneStatus
+    """The status if one of them is refused: as far as the run came without them."""
+    actions: Sequence[Action] = ()
+    look_again_seconds: float | None = None
+    """When to decide again though nothing is heard; None: only then."""
+
+
+def decide(objects: RunObjects, circumstances: Circumstances) -> Decision:
+    """Return what the run needs now."""
+    status = read_status(objects.run)
+    generation = objects.run["metadata"].get("generation", 0)
+    manifest = parse_manifest(objects.run)
+    problems = (
+        manifest if isinstance(manifest, list) else check_runner(manifest.spec, Runner.CLUSTER)
+    )
+    if isinstance(manifest, StagedFineTune) and not problems:
+        return _decide_by(manifest.spec, objects, circumstances, status)
+    if status.completion_time is not None:
+        # It is over, and stays what it became.
+        status = status.model_copy(update={"observed_generation": generation})
+        return Decision(status=status, fallback=status)
+    status = with_standing(status, refusal(problems), generation=generation, now=circumstances.now)
+    return Decision(status=status, fallback=status)
+
+
+def _decide_by(
+    spec: StagedFineTuneSpec,
+    objects: RunObjects,
+    circumstances: Circumstances,
+    status: StagedFineTuneStatus,
+) -> Decision:
+    metadata = objects.run["metadata"]
+    run = RunPass(
+        owner=Owner(name=metadata["name"], namespace=metadata["namespace"], uid=metadata["uid"]),
+        spec=spec,
+        objects=objects,
+        circumstances=circumstances,
+        status=status,
+        record=circumstances.record,
+    )
+    _begin(run)
+    _obey_retry(run)
+    standing = _final_standing(run) if run.status.completion_time is not None else _walk(run)
+    decided = with_standing(
+        run.status, standing, generation=metadata.get("generation", 0), now=circumstances.now
+    )
+    return Decision(
+        status=decided,
+        fallback=run.fallback or decided,
+        actions=tuple(run.actions),
+        look_again_seconds=run.look_again_seconds,
+    )
+
+
+def _begin(run: RunPass) -> None:
+    """Fix what stays the same from a run's first pass on, and make its claim."""
+    if run.status.start_time is None:
+        retry = run.spec.retry
+        run.update(
+            start_time=run.circumstances.now,
+            directory=run.owner.directory,
+            # An order that was there from the beginning is no order.
+            retry_number=retry.number if retry is not None else 0,
+        )
+    storage = run.spec.storage
+    if not run.status.claim_name and storage is not None and not run.spec.suspend:
+        if storage.claim_name is None:
+            run.act(Create(manifest=build_claim(run.owner, storage)))
+        run.update(claim_name=claim_name(run.owner, storage))
+
+
+def _obey_retry(run: RunPass) -> None:
+    """Begin a run again that is over, if a new order says so."""
+    retry = run.spec.retry
+    is_new = retry is not None and retry.number > run.status.retry_number
+    if retry is None or not is_new or run.status.completion_time is None:
+        return
+    steps = run.steps
+    if retry.from_stage is not None:
+        keys = [step.title for step in steps]
+        if retry.from_stage not in keys:
+            run.refusal = (
+                f"spec.retry.fromStage: there is no stage {retry.from_stage!r}; choose one of "
+                f"{', '.join(keys)}"
+            )
+            return
+        again = steps[keys.index(retry.from_stage) :]
+    else:
+        again = [s for s in steps if run.record_of(s).state is StageState.FAILED]
+    for step in again:
+        run.begin_again(step)
+    run.update(retry_number=retry.number, completion_time=None, last_failure=None)
+
+
+def _final_standing(run: RunPass) -> Standing:
+    """Return the standing of a run that is over, whatever its spec says by now."""
+    previous = next(
+        (item for item in run.status.conditions if item.type is ConditionType.FINISHED),
+        None,
+    )
+    succeeded = run.status.state is RunState.SUCCEEDED
+    fallback = ConditionReason.COMPLETED if succeeded else ConditionReason.STAGE_FAILED
+    return Standing(
+        state=run.status.state,
+        reason=previous.reason if previous else fallback,
+        message=previous.message if previous else "",
+        refusal=run.refusal,
+        is_stalled=not succeeded,
+    )
+
+
+def _walk(run: RunPass) -> Standing:
+    """Take the tasks in order, and return the standing of the first that is not done."""
+    standing = _prepare_again_if_edited(run) or advance(run, PREPARE) or _plan(run)
+    if standing is not None:
+        return standing
+    for step in run.steps[1:]:
+        standing = advance(run, step)
+        if standing is not None:
+            return standing
+    run.update(completion_time=run.circumstances.now)
+    return Standing(state=RunState.SUCCEEDED, reason=ConditionReason.COMPLETED)
+
+
+def _prepare_again_if_edited(run: RunPass) -> Standing | None:
+    """Leave what was prepared for another spec: until it is planned, a run can be edited."""
+    record = run.record_of(PREPARE)
+    job = run.objects.newest_job(PREPARE.key, after_attempt=record.attempts_before)
+    if run.record is not None or job is None:
+        return None
+    if job.config_digest == config_digest(run.stage_file(PREPARE)):
+        return None
+    if job.phase is JobPhase.ACTIVE:
+        if not job.is_deleting:
+            run.act(DeleteJob(name=job.name, uid=job.uid))
+        return at_work(PREPARE, "the manifest was edited; prepare begins again")
+    run.set(PREPARE, attempts=max(record.attempts, job.attempt))
+    run.begin_again(PREPARE)
+    return None
+
+
+def _plan(run: RunPass) -> Standing | None:
+    """See to it that there is a plan for the spec as it is; None if so."""
+    record = run.record
+    if record is not None and record.spec_digest == digest_of_planned(run.spec):
+        return None
+    facts = record.facts if record is not None else _prepared_facts(run)
+    if facts is None:
+        # The pod that measured them is gone, and nothing was planned: measured again.
+        run.begin_again(PREPARE)
+        return advance(run, PREPARE)
+    planned = plan_run(run.spec, facts, run.status, record)
+    if isinstance(planned, Standing):
+        return planned
+    run.record = planned
+    name = plan_record_name(run.owner.name, planned.plan.digest)
+    run.act(Create(manifest=build_plan_record(run.owner, name, planned.data())))
+    run.status = with_stages(run.status, planned.plan.stages)
+    run.update(
+        plan_digest=planned.plan.digest,
+        model_digest=facts.model.digest or "",
+        data_digest=facts.data.digest or "",
+    )
+    return None
+
+
+def _prepared_facts(run: RunPass) -> Facts | None:
+    job = run.objects.newest_job(PREPARE.key)
+    report = report_of(run, job) if job is not None else None
+    return report.facts if report is not None else None

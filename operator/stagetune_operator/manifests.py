@@ -1,0 +1,389 @@
+"""Builders: from values to the objects that the operator creates. Pure, and nothing is read.
+
+Security is decided here and not in the manifest: pods pass the `restricted` Pod Security level, run
+under one fixed account, and get no token but the one that progress is posted with.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from stagetune_api import names
+from stagetune_api.artifact import digest_of_json
+from stagetune_api.names import TrainerExitCode
+from stagetune_api.spec import Quantity, RetainPolicy, StagedFineTuneSpec, StorageSpec
+from stagetune_api.stage import StageConfig, Task
+from stagetune_api.validation import sources_of
+from stagetune_operator.settings import Settings
+from stagetune_operator.views import Object
+
+_SHARED_MEMORY = "dshm"
+_RUN_VOLUME, _MODELS_VOLUME, _TASK_VOLUME = "run", "models", "task"
+_TMP_VOLUME, _TOKEN_VOLUME = "tmp", "progress-token"
+_TOKEN_SECONDS = 3600
+
+
+@dataclass(frozen=True, kw_only=True)
+class Owner:
+    """The run that owns what is built."""
+
+    name: str
+    namespace: str
+    uid: str
+
+    @property
+    def directory(self) -> str:
+        """Path of the run's files from the volume's root; of this very run, not of its name."""
+        return f"runs/{self.name}-{self.uid[:8]}"
+
+    @property
+    def reference(self) -> Object:
+        """The owner reference by which Kubernetes cleans up."""
+        return {
+            "apiVersion": names.API_VERSION,
+            "kind": names.KIND,
+            "name": self.name,
+            "uid": self.uid,
+            "controller": True,
+            "blockOwnerDeletion": True,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobOrder:
+    """Everything that one Job is made of, beside the run's spec and the operator's settings."""
+
+    config: StageConfig
+    task: str
+    attempt: int
+    claim: str
+    inputs: Mapping[str, str] = field(default_factory=dict)
+    preferred_node: str | None = None
+
+
+def claim_name(owner: Owner, storage: StorageSpec) -> str:
+    """Return the name of the claim with the run's files."""
+    return storage.claim_name or f"{owner.name}-{owner.uid[:8]}"
+
+
+def config_digest(config: StageConfig) -> str:
+    """Return the digest by which a Job's stage file is compared with the one wanted now."""
+    return digest_of_json(config.model_dump(mode="json"))
+
+
+def build_claim(owner: Owner, storage: StorageSpec) -> Object:
+    """Return the claim that is made for a run.
+
+    Only with `retain: Nothing` it belongs to the run's object and goes with it.
+    """
+    spec: Object = {
+        "accessModes": [storage.access_mode.value],
+        "resources": {"requests": {"storage": storage.size}},
+    }
+    if storage.storage_class_name is not None:
+        spec["storageClassName"] = storage.storage_class_name
+    metadata = _metadata(owner, claim_name(owner, storage), {})
+    if storage.retain is not RetainPolicy.NOTHING:
+        del metadata["ownerReferences"]
+    metadata["annotations"] = {names.ANNOTATION_RUN_UID: owner.uid}
+    return {
+        "apiVersion": "v1",
+        "kind": "PersistentVolumeClaim",
+        "metadata": metadata,
+        "spec": spec,
+    }
+
+
+def build_plan_record(owner: Owner, name: str, data: Mapping[str, str]) -> Object:
+    """Return the immutable ConfigMap that keeps a plan."""
+    return {
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": _metadata(owner, name, {}),
+        "immutable": True,
+        "data": dict(data),
+    }
+
+
+def build_job(
+    owner: Owner, spec: StagedFineTuneSpec, settings: Settings, order: JobOrder
+) -> Object:
+    """Return the Job for one task of a run."""
+    labels = {
+        names.LABEL_TASK: order.task,
+        names.LABEL_ATTEMPT: str(order.attempt),
+        "app.kubernetes.io/component": "trainer",
+    }
+    queue = spec.runtime.queue_name if spec.runtime else None
+    metadata = _metadata(owner, names.job_name(owner.name, order.task, order.attempt), labels)
+    if queue is not None:
+        metadata["labels"] = {**metadata["labels"], names.LABEL_QUEUE: queue}
+    annotations = {
+        names.ANNOTATION_CONFIG_DIGEST: config_digest(order.config),
+        names.ANNOTATION_INPUTS: json.dumps(dict(order.inputs), sort_keys=True),
+    }
+    if order.config.task in (Task.TRAIN, Task.EVALUATE):
+        micro_batch_size = order.config.training.micro_batch_size
+        annotations[names.ANNOTATION_MICRO_BATCH_SIZE] = str(micro_batch_size)
+    metadata["annotations"] = annotations
+    pod_metadata = {
+        "labels": metadata["labels"],
+        "annotations": {
+            names.ANNOTATION_STAGE_CONFIG: order.config.model_dump_json(exclude_none=True)
+        },
+    }
+    return {
+        "apiVersion": "batch/v1",
+        "kind": "Job",
+        "metadata": metadata,
+        "spec": {
+            # Retries are the operator's: another attempt may need another file.
+            "backoffLimit": 0,
+            "completions": 1,
+            "parallelism": 1,
+            "podReplacementPolicy": "Failed",
+            "podFailurePolicy": _pod_failure_policy(),
+            # A queue admits the Job by ending its suspension.
+            "suspend": queue is not None,
+            "template": {
+                "metadata": pod_metadata,
+                "spec": _pod_spec(owner, spec, settings, order),
+            },
+        },
+    }
+
+
+def _metadata(owner: Owner, name: str, labels: Mapping[str, str]) -> Object:
+    return {
+        "name": name,
+        "namespace": owner.namespace,
+        "labels": {
+            "app.kubernetes.io/name": "stagetune",
+            "app.kubernetes.io/instance": owner.name,
+            names.LABEL_MANAGED_BY: names.MANAGED_BY,
+            names.LABEL_RUN: owner.name,
+            **labels,
+        },
+        "ownerReferences": [owner.reference],
+    }
+
+
+def _pod_failure_policy() -> Object:
+    """Return which ends of a pod are not failures: the Job then makes another one."""
+    asked_to_stop = {
+        "containerName": names.TRAINER_CONTAINER,
+        "operator": "In",
+        "values": [int(TrainerExitCode.INTERRUPTED)],
+    }
+    disrupted = [{"type": "DisruptionTarget", "status": "True"}]
+    return {
+        "rules": [
+            {"action": "Ignore", "onPodConditions": disrupted},
+            {"action": "Ignore", "onExitCodes": asked_to_stop},
+        ]
+    }
+
+
+def _pod_spec(
+    owner: Owner, spec: StagedFineTuneSpec, settings: Settings, order: JobOrder
+) -> Object:
+    runtime = spec.runtime
+    volumes, mounts = _volumes(spec, settings, order)
+    user = settings.trainer_user_id
+    pod: Object = {
+        "restartPolicy": "Never",
+        "serviceAccountName": settings.trainer_service_account,
+        "automountServiceAccountToken": False,
+        "enableServiceLinks": False,
+        "terminationGracePeriodSeconds": runtime.grace_period_seconds if runtime else 120,
+        "securityContext": {
+            "runAsNonRoot": True,
+            "runAsUser": user,
+            "runAsGroup": user,
+            "fsGroup": user,
+            # Without this every pod would walk over the whole volume before it starts.
+            "fsGroupChangePolicy": "OnRootMismatch",
+            "seccompProfile": {"type": "RuntimeDefault"},
+        },
+        "containers": [_container(owner, spec, settings, order, mounts)],
+        "volumes": volumes,
+    }
+    if settings.image_pull_secrets:
+        pod["imagePullSecrets"] = [{"name": name} for name in settings.image_pull_secrets]
+    if order.preferred_node is not None:
+        pod["affinity"] = _prefer_node(order.preferred_node)
+    if runtime is None:
+        return pod
+    if runtime.priority_class_name is not None:
+        pod["priorityClassName"] = runtime.priority_class_name
+    if runtime.node_selector:
+        pod["nodeSelector"] = dict(runtime.node_selector)
+    if runtime.tolerations:
+        pod["tolerations"] = [
+            item.model_dump(mode="json", exclude_none=True) for item in runtime.tolerations
+        ]
+    return pod
+
+
+def _container(
+    owner: Owner,
+    spec: StagedFineTuneSpec,
+    settings: Settings,
+    order: JobOrder,
+    mounts: list[Object],
+) -> Object:
+    return {
+        "name": names.TRAINER_CONTAINER,
+        "image": settings.trainer_image,
+        "imagePullPolicy": settings.image_pull_policy.value,
+        "args": [
+            f"{names.TASK_MOUNT}/{names.STAGE_CONFIG_FILE}",
+            "--termination-message=/dev/termination-log",
+            f"--metrics-port={names.TRAINER_METRICS_PORT}",
+        ],
+        "env": _environment(owner, settings, order),
+        "ports": [{"name": "metrics", "containerPort": names.TRAINER_METRICS_PORT}],
+        "resources": _resources(spec, order.config.task),
+        "securityContext": {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        },
+        # A process that dies without a report leaves the end of its log.
+        "terminationMessagePolicy": "FallbackToLogsOnError",
+        "volumeMounts": mounts,
+    }
+
+
+def _environment(owner: Owner, settings: Settings, order: JobOrder) -> list[Object]:
+    values = {
+        "HOME": "/tmp",
+        # Threads that spin take the processor from whoever shares the node.
+        "OMP_WAIT_POLICY": "PASSIVE",
+        "POD_NAMESPACE": owner.namespace,
+    }
+    if order.config.task is Task.PREPARE:
+        values[names.SECRETS_DIRECTORY_VARIABLE] = names.SECRETS_MOUNT
+    else:
+        # Everything is on the volume by now; nothing may depend on a hub any more.
+        values["HF_HUB_OFFLINE"] = "1"
+    if settings.progress_url:
+        values[names.PROGRESS_URL_VARIABLE] = (
+            f"{settings.progress_url.rstrip('/')}/apis/{names.API_VERSION}/namespaces/"
+            f"{owner.namespace}/runs/{owner.name}/tasks/{order.task}/progress"
+        )
+        values[names.PROGRESS_TOKEN_VARIABLE] = f"{names.PROGRESS_TOKEN_MOUNT}/token"
+    return [{"name": name, "value": value} for name, value in values.items()]
+
+
+def _resources(spec: StagedFineTuneSpec, task: Task) -> Object:
+    """Return the container's resources; preparing and exporting take no extended ones."""
+    if spec.runtime is None or spec.runtime.resources is None:
+        return {}
+    resources = spec.runtime.resources
+    found: Object = {}
+    for kind, amounts in (("limits", resources.limits), ("requests", resources.requests)):
+        taken = {
+            name: _quantity(amount)
+            for name, amount in amounts.items()
+            if "/" not in name or task in (Task.TRAIN, Task.EVALUATE)
+        }
+        if taken:
+            found[kind] = taken
+    return found
+
+
+def _quantity(amount: Quantity) -> str:
+    return str(amount)
+
+
+def _volumes(
+    spec: StagedFineTuneSpec, settings: Settings, order: JobOrder
+) -> tuple[list[Object], list[Object]]:
+    """Return the pod's volumes and where its container mounts them."""
+    task = order.config.task
+    volumes: list[Object] = [
+        {"name": _RUN_VOLUME, "persistentVolumeClaim": {"claimName": order.claim}},
+        {"name": _TMP_VOLUME, "emptyDir": {}},
+        {"name": _SHARED_MEMORY, "emptyDir": {"medium": "Memory"}},
+        {"name": _TASK_VOLUME, "downwardAPI": {"items": [_stage_file_item()]}},
+    ]
+    mounts: list[Object] = [
+        {"name": _RUN_VOLUME, "mountPath": names.VOLUME_MOUNT},
+        {"name": _TMP_VOLUME, "mountPath": "/tmp"},
+        {"name": _SHARED_MEMORY, "mountPath": "/dev/shm"},
+        {"name": _TASK_VOLUME, "mountPath": names.TASK_MOUNT, "readOnly": True},
+    ]
+    storage = spec.storage
+    if storage is not None and storage.models_claim_name is not None:
+        claim = {"claimName": storage.models_claim_name}
+        volumes.append({"name": _MODELS_VOLUME, "persistentVolumeClaim": claim})
+        mount: Object = {"name": _MODELS_VOLUME, "mountPath": names.MODELS_MOUNT}
+        mounts.append(mount if task is Task.PREPARE else {**mount, "readOnly": True})
+    if settings.progress_url:
+        volumes.append({"name": _TOKEN_VOLUME, "projected": {"sources": [_progress_token()]}})
+        mounts.append(
+            {"name": _TOKEN_VOLUME, "mountPath": names.PROGRESS_TOKEN_MOUNT, "readOnly": True}
+        )
+    if task is Task.PREPARE:
+        _add_sources(spec, order.claim, volumes, mounts)
+        _add_secrets(spec, volumes, mounts)
+    return volumes, mounts
+
+
+def _stage_file_item() -> Object:
+    path = f"metadata.annotations['{names.ANNOTATION_STAGE_CONFIG}']"
+    return {"path": names.STAGE_CONFIG_FILE, "fieldRef": {"fieldPath": path}}
+
+
+def _progress_token() -> Object:
+    return {
+        "serviceAccountToken": {
+            "audience": names.PROGRESS_AUDIENCE,
+            "expirationSeconds": _TOKEN_SECONDS,
+            "path": "token",
+        }
+    }
+
+
+def _add_sources(
+    spec: StagedFineTuneSpec, run_claim: str, volumes: list[Object], mounts: list[Object]
+) -> None:
+    """Mount every claim of a pvc:// source read-only, by its name."""
+    claims = {
+        source.removeprefix("pvc://").split("/", 1)[0]
+        for source in sources_of(spec).values()
+        if source.startswith("pvc://")
+    }
+    for number, claim in enumerate(sorted(claims)):
+        name = _RUN_VOLUME if claim == run_claim else f"source-{number}"
+        if name != _RUN_VOLUME:
+            source = {"claimName": claim, "readOnly": True}
+            volumes.append({"name": name, "persistentVolumeClaim": source})
+        path = f"{names.CLAIMS_MOUNT}/{claim}"
+        mounts.append({"name": name, "mountPath": path, "readOnly": True})
+
+
+def _add_secrets(spec: StagedFineTuneSpec, volumes: list[Object], mounts: list[Object]) -> None:
+    """Mount the hub tokens as files: a new token counts for the next pod, and no environment shows
+    it."""
+    for part, secret in (("model", spec.model.secret_name), ("dataset", spec.dataset.secret_name)):
+        if secret is None:
+            continue
+        name = f"{part}-token"
+        items = [{"key": names.TOKEN_KEY, "path": names.TOKEN_KEY}]
+        content = {"secretName": secret, "items": items, "defaultMode": 0o440}
+        volumes.append({"name": name, "secret": content})
+        path = f"{names.SECRETS_MOUNT}/{part}"
+        mounts.append({"name": name, "mountPath": path, "readOnly": True})
+
+
+def _prefer_node(node: str) -> Object:
+    """Return the wish for a node: that of the stage before has the volume and warm caches."""
+    term = {
+        "weight": 100,
+        "preference": {
+            "matchFields": [{"key": "metadata.name", "operator": "In", "values": [node]}]
+        },
+    }
+    return {"nodeAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": [term]}}

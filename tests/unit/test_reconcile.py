@@ -1,0 +1,777 @@
+"""Whole runs through the reconciler, against a cluster in memory: every transition, every fault."""
+
+import asyncio
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import pytest
+
+from fake_cluster import CrashError, Ending, FakeCluster, Script, fails, report_for, succeeds
+from manifest_cases import edited
+from stagetune_api import names
+from stagetune_api.names import TrainerExitCode
+from stagetune_api.report import FailureClass
+from stagetune_api.stage import StageConfig
+from stagetune_api.status import StagedFineTuneStatus
+from stagetune_operator.keys import RunKey
+from stagetune_operator.reconcile import Reconciler
+from stagetune_operator.records import read_status
+from stagetune_operator.settings import Settings
+from stagetune_operator.views import Object
+
+KEY = RunKey("team-a", "finance-qa")
+CLUSTER = {
+    "spec.dataset.source": "pvc://rows/finance.jsonl",
+    "spec.schedule": {"layersPerStage": 2},
+    "spec.runtime": {"resources": {"limits": {"nvidia.com/gpu": 1, "memory": "8Gi"}}},
+    "spec.storage": {"size": "10Gi"},
+}
+STAGES = ("01-layers-0-1", "02-layers-2-3")
+TASKS = ("prepare", *STAGES, "evaluate", "export")
+
+
+class Counts:
+    """An observer that counts."""
+
+    def __init__(self) -> None:
+        self.stages: list[float] = []
+        self.handoffs: list[float] = []
+        self.failures: list[FailureClass] = []
+
+    def observe_stage(self, seconds: float) -> None:
+        self.stages.append(seconds)
+
+    def observe_handoff(self, seconds: float) -> None:
+        self.handoffs.append(seconds)
+
+    def count_failure(self, failure_class: FailureClass) -> None:
+        self.failures.append(failure_class)
+
+
+class Operator:
+    """An operator over a fake cluster, with a clock of its own."""
+
+    def __init__(self, cluster: FakeCluster, **settings: Any) -> None:
+        self.cluster = cluster
+        self.clock = 0.0
+        self.observer = Counts()
+        self.progress: Mapping[str, Any] = {}
+        self._settings = Settings(trainer_image="trainer:test", **settings)
+        self.restart()
+
+    def restart(self) -> None:
+        """Forget everything that is not on the cluster."""
+        self._reconciler = Reconciler(
+            cluster=self.cluster,
+            store=self.cluster,
+            settings=self._settings,
+            observer=self.observer,
+            progress_of=lambda key: self.progress,
+            now=lambda: "2026-01-01T00:00:00Z",
+            monotonic=lambda: self.clock,
+        )
+
+    def reconcile(self) -> float | None:
+        """Do one pass."""
+        return asyncio.run(self._reconciler.reconcile(KEY))
+
+    def settle(self) -> None:
+        """Do passes until one has nothing to do."""
+        for _ in range(20):
+            before = len(self.cluster.writes)
+            self.reconcile()
+            if len(self.cluster.writes) == before:
+                return
+        raise AssertionError("the operator never comes to rest")
+
+    def finish(
+        self, script: Script | Mapping[str, Script] = succeeds, *, restarts: bool = False
+    ) -> StagedFineTuneStatus:
+        """Go on until nothing moves any more, and return the status."""
+        for _ in range(60):
+            try:
+                self.settle()
+            except CrashError:
+                self._start_again()
+                continue
+            if restarts:
+                self.restart()
+            self.clock += 1000
+            writes = len(self.cluster.writes)
+            moved = self.cluster.advance(script)
+            try:
+                rest = self.reconcile()
+            except CrashError:
+                self._start_again()
+                continue
+            if rest is None and not moved and len(self.cluster.writes) == writes:
+                return self.status
+        raise AssertionError("the run never comes to an end")
+
+    def _start_again(self) -> None:
+        self.cluster.crash_at = None
+        self.restart()
+
+    @property
+    def status(self) -> StagedFineTuneStatus:
+        """The run's status as it is stored."""
+        return read_status(self.cluster.run())
+
+    @property
+    def jobs(self) -> list[str]:
+        """Names of all Jobs, in the order in which they were made."""
+        return [job["metadata"]["name"] for job in self.cluster.of_kind("Job")]
+
+
+def begun(edits: Mapping[str, Any] | None = None, **settings: Any) -> Operator:
+    """Return an operator over a cluster with one run."""
+    cluster = FakeCluster()
+    manifest = edited({**CLUSTER, **(edits or {})})
+    cluster.add_run(manifest)
+    return Operator(cluster, **settings)
+
+
+def conditions(status: StagedFineTuneStatus) -> dict[str, str]:
+    return {item.type.value: item.status.value for item in status.conditions}
+
+
+def once(script: Script) -> Script:
+    """Return a script that is followed once and succeeds from then on."""
+    used: list[str] = []
+
+    def first(config: StageConfig, pod: Object) -> Ending:
+        if used:
+            return succeeds(config, pod)
+        used.append("once")
+        return script(config, pod)
+
+    return first
+
+
+def test_run_goes_from_its_manifest_to_its_export_one_job_after_the_other() -> None:
+    operator = begun()
+    status = operator.finish()
+    assert operator.jobs == [f"finance-qa-{task}" for task in TASKS]
+    assert status.state == "Succeeded"
+    assert status.progress == "100%"
+    assert [stage.state for stage in status.stages] == ["Succeeded", "Succeeded"]
+    assert conditions(status) == {
+        "Ready": "True",
+        "Succeeded": "True",
+        "Reconciling": "False",
+        "Stalled": "False",
+        "Suspended": "False",
+        "Finished": "True",
+        "Validated": "True",
+        "Prepared": "True",
+        "Planned": "True",
+        "Trained": "True",
+        "Evaluated": "True",
+        "Exported": "True",
+    }
+    assert [event[1] for event in operator.cluster.events] == [
+        *("Prepared", "Planned", "Trained", "Trained", "Evaluated", "Exported", "Completed"),
+    ]
+
+
+def test_each_stage_goes_on_from_the_verified_outputs_before_it() -> None:
+    operator = begun()
+    operator.finish()
+    files = {
+        job["metadata"]["labels"][names.LABEL_TASK]: StageConfig.model_validate_json(
+            job["spec"]["template"]["metadata"]["annotations"][names.ANNOTATION_STAGE_CONFIG]
+        )
+        for job in operator.cluster.of_kind("Job")
+    }
+    first, second = (files[task] for task in STAGES)
+    assert first.chain == []
+    assert [parent.digest for parent in second.chain] == [report_for(first).output.digest]  # type: ignore[union-attr]
+    assert second.chain[0].path.endswith("/stages/01-layers-0-1/output")
+    assert len(files["export"].chain) == 2
+    assert files["export"].model_digest == "a" * 64
+
+
+def test_gpu_is_taken_by_stages_alone() -> None:
+    operator = begun()
+    operator.finish()
+    limits = {
+        job["metadata"]["labels"][names.LABEL_TASK]: job["spec"]["template"]["spec"]["containers"][
+            0
+        ]["resources"]["limits"]
+        for job in operator.cluster.of_kind("Job")
+    }
+    assert limits["prepare"] == {"memory": "8Gi"}
+    assert limits["export"] == {"memory": "8Gi"}
+    assert limits[STAGES[0]] == {"nvidia.com/gpu": "1", "memory": "8Gi"}
+
+
+def test_operator_that_is_replaced_between_any_two_passes_changes_nothing() -> None:
+    unbroken, restarted = begun(), begun()
+    expected = unbroken.finish()
+    assert restarted.finish(restarts=True) == expected
+    assert restarted.jobs == unbroken.jobs
+    assert restarted.cluster.writes == unbroken.cluster.writes
+
+
+def _timeless(status: StagedFineTuneStatus) -> StagedFineTuneStatus:
+    """Return `status` without what the fake cluster's clock makes of one more call."""
+    blank = {"queued_seconds": None, "gpu_seconds": None}
+    stages = [stage.model_copy(update=blank) for stage in status.stages]
+    return status.model_copy(update={"stages": stages})
+
+
+def _num_writes() -> int:
+    operator = begun()
+    operator.finish()
+    return len(operator.cluster.writes)
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+def test_operator_killed_at_any_write_leaves_the_same_end(after: bool) -> None:
+    expected = begun()
+    end = expected.finish()
+    for number in range(1, _num_writes() + 1):
+        operator = begun()
+        operator.cluster.crash_at = number
+        operator.cluster.crash_after = after
+        assert _timeless(operator.finish()) == _timeless(end), f"killed at write {number}"
+        assert operator.jobs == expected.jobs, f"killed at write {number}"
+        # Beside the write that is done again, nothing is done twice but events, which may be lost.
+        assert len(operator.cluster.writes) <= len(expected.cluster.writes) + 3
+
+
+def test_finished_run_is_inert() -> None:
+    operator = begun()
+    operator.finish()
+    writes = len(operator.cluster.writes)
+    for job in operator.cluster.of_kind("Job"):
+        del operator.cluster.objects["Job", job["metadata"]["name"]]
+    operator.restart()
+    operator.settle()
+    assert len(operator.cluster.writes) == writes
+
+
+def test_edit_of_a_finished_run_moves_the_observed_generation_and_nothing_else() -> None:
+    operator = begun()
+    before = operator.finish()
+    operator.cluster.edit_run("finance-qa", lambda spec: spec.update(suspend=True))
+    operator.settle()
+    assert operator.status.observed_generation == 2
+    assert all(item.observed_generation == 2 for item in operator.status.conditions)
+    assert operator.status.state == before.state
+
+
+@pytest.mark.parametrize(
+    ("failure_class", "code"),
+    [
+        (FailureClass.USER_ERROR, TrainerExitCode.USER_ERROR),
+        (FailureClass.DIVERGED, TrainerExitCode.DIVERGED),
+        (FailureClass.STORAGE_FULL, TrainerExitCode.STORAGE_FULL),
+    ],
+)
+def test_what_another_attempt_would_repeat_is_not_tried_again(
+    failure_class: FailureClass, code: TrainerExitCode
+) -> None:
+    operator = begun()
+    status = operator.finish({STAGES[0]: fails(failure_class, code, "row 7 is wrong")})
+    assert operator.jobs == ["finance-qa-prepare", f"finance-qa-{STAGES[0]}"]
+    assert status.state == "Failed"
+    assert conditions(status)["Stalled"] == "True"
+    assert conditions(status)["Finished"] == "True"
+    failure = status.stages[0].last_failure
+    assert failure is not None
+    assert (failure.failure_class, failure.exit_code, failure.message) == (
+        failure_class,
+        int(code),
+        "row 7 is wrong",
+    )
+    assert operator.observer.failures == [failure_class]
+
+
+def test_failure_that_may_pass_is_tried_again_as_often_as_the_manifest_allows() -> None:
+    operator = begun({"spec.runtime": {"maxRetries": 2}})
+    status = operator.finish({STAGES[0]: fails(FailureClass.INTERNAL, TrainerExitCode.INTERNAL)})
+    assert operator.jobs[1:] == [f"finance-qa-{STAGES[0]}{suffix}" for suffix in ("", "-2", "-3")]
+    assert status.state == "Failed"
+    assert status.stages[0].attempts == 3
+    assert "attempt 3 of 3" in (status.stages[0].last_failure or pytest.fail("no failure")).message
+
+
+def test_retry_waits_longer_each_time() -> None:
+    operator = begun(retry_delay_seconds=10)
+    operator.settle()
+    operator.cluster.advance()
+    operator.settle()
+    operator.cluster.advance(fails(FailureClass.INTERNAL, TrainerExitCode.INTERNAL))
+    assert operator.reconcile() == pytest.approx(10)
+    assert operator.status.conditions[2].reason == "Retrying"
+    operator.clock += 10
+    operator.settle()
+    operator.cluster.advance(fails(FailureClass.INTERNAL, TrainerExitCode.INTERNAL))
+    assert operator.reconcile() == pytest.approx(20)
+
+
+def test_out_of_memory_is_tried_again_with_half_the_micro_batch() -> None:
+    operator = begun(
+        {"spec.training": {"learningRate": 1e-4, "batchSize": 12, "microBatchSize": 6}}
+    )
+    sizes: list[int] = []
+
+    def script(config: StageConfig, pod: Object) -> Ending:
+        sizes.append(config.training.micro_batch_size)
+        if config.training.micro_batch_size > 1:
+            return Ending(exit_code=137, reason="OOMKilled")
+        return succeeds(config, pod)
+
+    status = operator.finish({STAGES[0]: script})
+    assert sizes == [6, 3, 1]
+    assert status.state == "Succeeded"
+    assert [stage.micro_batch_size for stage in status.stages] == [1, None]
+
+
+def test_out_of_memory_with_the_smallest_micro_batch_is_the_end_with_a_cure() -> None:
+    operator = begun()
+
+    def script(config: StageConfig, pod: Object) -> Ending:
+        return Ending(exit_code=137, reason="OOMKilled")
+
+    status = operator.finish({STAGES[0]: script})
+    assert status.state == "Failed"
+    failure = status.stages[0].last_failure
+    assert failure is not None
+    assert failure.failure_class is FailureClass.OUT_OF_MEMORY
+    assert "as small as it can be" in failure.message
+
+
+@pytest.mark.parametrize(
+    "ending",
+    [
+        Ending(exit_code=137, is_disrupted=True, reason="Evicted"),
+        Ending(exit_code=int(TrainerExitCode.INTERRUPTED)),
+    ],
+    ids=["evicted", "asked to stop"],
+)
+def test_disruptions_do_not_count_as_attempts(ending: Ending) -> None:
+    operator = begun({"spec.runtime": {"maxRetries": 0}})
+    left = [ending] * 3
+
+    def script(config: StageConfig, pod: Object) -> Ending:
+        return left.pop() if left else succeeds(config, pod)
+
+    status = operator.finish({STAGES[0]: script})
+    assert status.state == "Succeeded"
+    assert (status.stages[0].attempts, status.stages[0].disruptions) == (1, 3)
+    assert operator.jobs == [f"finance-qa-{task}" for task in TASKS]
+
+
+def test_damaged_output_is_made_again_by_the_stage_that_made_it() -> None:
+    operator = begun()
+    blames_first = fails(
+        FailureClass.STORAGE_ERROR,
+        TrainerExitCode.STORAGE_ERROR,
+        "model.safetensors is damaged",
+        artifact="/stagetune/runs/x/stages/01-layers-0-1/output/model.safetensors",
+    )
+    status = operator.finish({STAGES[1]: once(blames_first)})
+    assert operator.jobs == [
+        "finance-qa-prepare",
+        f"finance-qa-{STAGES[0]}",
+        f"finance-qa-{STAGES[1]}",
+        f"finance-qa-{STAGES[0]}-2",
+        f"finance-qa-{STAGES[1]}-2",
+        "finance-qa-evaluate",
+        "finance-qa-export",
+    ]
+    assert status.state == "Succeeded"
+
+
+def test_stage_made_again_with_another_result_is_followed_by_all_that_came_of_it() -> None:
+    operator = begun()
+    results = ["d" * 64, "e" * 64]
+
+    def first_stage(config: StageConfig, pod: Object) -> Ending:
+        report = report_for(config, digest=results.pop(0))
+        return Ending(message=report.termination_message())
+
+    blames_first = fails(
+        FailureClass.STORAGE_ERROR,
+        TrainerExitCode.STORAGE_ERROR,
+        artifact="/stagetune/runs/x/stages/01-layers-0-1/output/model.safetensors",
+    )
+    status = operator.finish({STAGES[0]: first_stage, "evaluate": once(blames_first)})
+    assert operator.jobs[-5:] == [
+        "finance-qa-evaluate",
+        f"finance-qa-{STAGES[0]}-2",
+        f"finance-qa-{STAGES[1]}-2",
+        "finance-qa-evaluate-2",
+        "finance-qa-export",
+    ]
+    assert status.state == "Succeeded"
+
+
+def test_damage_that_comes_again_is_not_repaired_for_ever() -> None:
+    operator = begun({"spec.runtime": {"maxRetries": 2}})
+    blames_first = fails(
+        FailureClass.STORAGE_ERROR,
+        TrainerExitCode.STORAGE_ERROR,
+        artifact="/stagetune/runs/x/stages/01-layers-0-1/output/model.safetensors",
+    )
+    status = operator.finish({STAGES[1]: blames_first})
+    assert status.state == "Failed"
+    assert len(operator.jobs) < 10
+
+
+def test_suspension_ends_the_job_and_resuming_makes_another_that_does_not_count() -> None:
+    operator = begun({"spec.runtime": {"maxRetries": 0}})
+    operator.settle()
+    operator.cluster.advance()
+    operator.settle()
+    operator.cluster.start_pods()
+    operator.settle()
+    assert operator.status.state == "Training"
+    operator.cluster.edit_run("finance-qa", lambda spec: spec.update(suspend=True))
+    operator.settle()
+    assert operator.status.state == "Suspended"
+    assert conditions(operator.status)["Suspended"] == "True"
+    assert operator.jobs == ["finance-qa-prepare"]
+    operator.cluster.edit_run("finance-qa", lambda spec: spec.update(suspend=False))
+    status = operator.finish()
+    assert status.state == "Succeeded"
+    assert operator.jobs[1:3] == [f"finance-qa-{STAGES[0]}-2", f"finance-qa-{STAGES[1]}"]
+
+
+def test_run_that_is_applied_suspended_makes_nothing_until_it_is_resumed() -> None:
+    operator = begun({"spec.suspend": True})
+    operator.settle()
+    assert operator.status.state == "Suspended"
+    assert operator.cluster.of_kind("Job") == []
+    assert operator.cluster.of_kind("PersistentVolumeClaim") == []
+    operator.cluster.edit_run("finance-qa", lambda spec: spec.update(suspend=False))
+    assert operator.finish().state == "Succeeded"
+
+
+def test_order_begins_a_failed_run_again_where_it_failed() -> None:
+    operator = begun({"spec.runtime": {"maxRetries": 0}})
+    failed = operator.finish({STAGES[1]: fails(FailureClass.INTERNAL, TrainerExitCode.INTERNAL)})
+    assert failed.state == "Failed"
+    operator.cluster.edit_run("finance-qa", lambda spec: spec.update(retry={"number": 1}))
+    status = operator.finish()
+    assert status.state == "Succeeded"
+    assert status.retry_number == 1
+    assert operator.jobs[2:4] == [f"finance-qa-{STAGES[1]}", f"finance-qa-{STAGES[1]}-2"]
+
+
+def test_order_with_a_stage_begins_a_finished_run_again_from_there() -> None:
+    operator = begun()
+    operator.finish()
+    order = {"number": 3, "fromStage": "layers-0-1"}
+    operator.cluster.edit_run("finance-qa", lambda spec: spec.update(retry=order))
+    assert operator.finish().state == "Succeeded"
+    assert operator.jobs[5:] == [
+        f"finance-qa-{STAGES[0]}-2",
+        f"finance-qa-{STAGES[1]}-2",
+        "finance-qa-evaluate-2",
+        "finance-qa-export-2",
+    ]
+    writes = len(operator.cluster.writes)
+    operator.restart()
+    operator.settle()
+    assert len(operator.cluster.writes) == writes
+
+
+def test_order_for_a_stage_that_is_not_there_is_told_and_changes_nothing() -> None:
+    operator = begun()
+    operator.finish()
+    order = {"number": 1, "fromStage": "layers-9-9"}
+    operator.cluster.edit_run("finance-qa", lambda spec: spec.update(retry=order))
+    operator.settle()
+    status = operator.status
+    assert status.state == "Succeeded"
+    validated = next(item for item in status.conditions if item.type == "Validated")
+    assert validated.status == "False"
+    assert "layers-9-9" in validated.message
+    assert "layers-0-1" in validated.message
+
+
+def test_order_that_was_there_from_the_beginning_is_none() -> None:
+    operator = begun({"spec.retry": {"number": 5, "fromStage": "layers-0-1"}})
+    assert operator.finish().state == "Succeeded"
+    assert len(operator.jobs) == len(TASKS)
+
+
+EXPLICIT = [
+    {"name": "lower", "layers": {"first": 0, "last": 1}, "epochs": 1.0},
+    {"name": "upper", "layers": {"first": 2, "last": 3}, "epochs": 1.0},
+]
+
+
+def _with_first_stage_running() -> Operator:
+    operator = begun({"spec.schedule": None, "spec.stages": copy.deepcopy(EXPLICIT)})
+    operator.settle()
+    operator.cluster.advance()
+    operator.settle()
+    operator.cluster.start_pods()
+    operator.settle()
+    return operator
+
+
+def test_stage_that_has_not_started_can_be_edited() -> None:
+    operator = _with_first_stage_running()
+    before = operator.status
+
+    def change(spec: Object) -> None:
+        spec["stages"][1]["epochs"] = 3.0
+
+    operator.cluster.edit_run("finance-qa", change)
+    operator.settle()
+    after = operator.status
+    assert after.plan_digest != before.plan_digest
+    assert after.stages[0] == before.stages[0]
+    assert after.stages[1].total_steps == 3 * before.stages[1].total_steps
+    assert operator.finish().state == "Succeeded"
+
+
+def test_started_stage_that_is_edited_all_the_same_stops_the_run_until_it_is_undone() -> None:
+    operator = _with_first_stage_running()
+
+    def change(epochs: float) -> Callable[[Object], None]:
+        return lambda spec: spec["stages"][0].update(epochs=epochs)
+
+    operator.cluster.edit_run("finance-qa", change(2.0))
+    operator.settle()
+    assert conditions(operator.status)["Stalled"] == "True"
+    assert "lower" in operator.status.conditions[0].message
+    operator.cluster.edit_run("finance-qa", change(1.0))
+    assert operator.finish().state == "Succeeded"
+    assert operator.jobs == [
+        f"finance-qa-{task}" for task in ("prepare", "01-lower", "02-upper", "evaluate", "export")
+    ]
+
+
+def test_wrong_manifest_makes_nothing_and_says_everything() -> None:
+    operator = begun({"spec.storage": None, "spec.dataset.source": "file://rows.jsonl"})
+    operator.settle()
+    status = operator.status
+    assert operator.cluster.writes == [("update", "StagedFineTune/status"), ("create", "Event")]
+    assert conditions(status)["Validated"] == "False"
+    assert conditions(status)["Stalled"] == "True"
+    message = status.conditions[0].message
+    assert "spec.storage" in message
+    assert "spec.dataset.source" in message
+
+    def correct(spec: Object) -> None:
+        spec["storage"] = {"size": "1Gi"}
+        spec["dataset"]["source"] = "pvc://rows/finance.jsonl"
+
+    operator.cluster.edit_run("finance-qa", correct)
+    assert operator.finish().state == "Succeeded"
+
+
+def test_plan_that_cannot_be_made_is_told_and_can_be_corrected() -> None:
+    operator = begun({"spec.schedule": {"layersPerStage": 9}})
+    operator.finish()
+    assert operator.jobs == ["finance-qa-prepare"]
+    assert operator.status.state == "Failed"
+    assert "layersPerStage" in operator.status.conditions[0].message
+    operator.cluster.edit_run(
+        "finance-qa", lambda spec: spec.update(schedule={"layersPerStage": 2})
+    )
+    assert operator.finish().state == "Succeeded"
+    assert len(operator.jobs) == len(TASKS)
+
+
+def test_data_that_is_edited_before_there_is_a_plan_is_prepared_again() -> None:
+    operator = begun()
+    operator.settle()
+    operator.cluster.start_pods()
+
+    def change(spec: Object) -> None:
+        spec["dataset"]["maxLength"] = 128
+
+    operator.cluster.edit_run("finance-qa", change)
+    assert operator.finish().state == "Succeeded"
+    assert operator.jobs[0] == "finance-qa-prepare-2"
+
+
+def test_quota_is_shown_and_waited_for() -> None:
+    operator = begun()
+    operator.settle()
+    operator.cluster.advance()
+    operator.cluster.deny = lambda manifest: (
+        "exceeded quota: gpus" if manifest["kind"] == "Job" else None
+    )
+    assert operator.reconcile() == pytest.approx(30)
+    status = operator.status
+    assert status.state == "Queued"
+    reconciling = next(item for item in status.conditions if item.type == "Reconciling")
+    assert reconciling.reason == "CannotCreate"
+    assert "exceeded quota: gpus" in reconciling.message
+    operator.cluster.deny = lambda manifest: None
+    assert operator.finish().state == "Succeeded"
+    assert len(operator.jobs) == len(TASKS)
+
+
+def test_job_of_somebody_else_with_the_same_name_is_left_alone() -> None:
+    operator = begun()
+    foreign = {
+        "kind": "Job",
+        "metadata": {"name": "finance-qa-prepare", "namespace": "team-a"},
+        "spec": {"suspend": True},
+    }
+    operator.cluster.objects["Job", "finance-qa-prepare"] = operator.cluster._stored(foreign)
+    operator.reconcile()
+    assert operator.status.conditions[0].reason == "NameConflict"
+    assert "finance-qa-prepare" in operator.status.conditions[0].message
+    del operator.cluster.objects["Job", "finance-qa-prepare"]
+    assert operator.finish().state == "Succeeded"
+
+
+def test_stale_watch_leads_to_no_second_job() -> None:
+    operator = begun()
+    operator.settle()
+    old = list(copy.deepcopy(list(operator.cluster.objects.values())))
+    operator.cluster.advance()
+    operator.settle()
+    jobs = operator.jobs
+    operator.cluster.stale = [item for item in old if item["kind"] != "Job"]
+    operator.restart()
+    operator.settle()
+    assert operator.jobs == jobs
+
+
+def test_job_that_is_deleted_by_hand_is_made_again() -> None:
+    operator = begun()
+    operator.settle()
+    operator.cluster.advance()
+    operator.settle()
+    del operator.cluster.objects["Job", f"finance-qa-{STAGES[0]}"]
+    status = operator.finish()
+    assert status.state == "Succeeded"
+    assert status.stages[0].attempts == 2
+
+
+def test_report_that_is_lost_is_asked_for_again() -> None:
+    operator = begun()
+    status = operator.finish({STAGES[0]: once(lambda config, pod: Ending(message="not a report"))})
+    assert status.state == "Succeeded"
+    assert status.stages[0].attempts == 2
+
+
+def test_image_that_cannot_be_pulled_is_told_at_once_and_fails_in_the_end() -> None:
+    operator = begun(image_patience_seconds=600)
+    operator.settle()
+    operator.cluster.start_pods()
+    pod = next(item for (kind, _), item in operator.cluster.objects.items() if kind == "Pod")
+    waiting = {"reason": "ImagePullBackOff", "message": "no such image"}
+    pod["status"]["phase"] = "Pending"
+    pod["status"]["containerStatuses"][0]["state"] = {"waiting": waiting}
+    assert operator.reconcile() == pytest.approx(600)
+    assert operator.status.conditions[0].reason == "ImageError"
+    assert "no such image" in operator.status.conditions[0].message
+    operator.clock += 600
+    operator.settle()
+    assert operator.status.state == "Failed"
+    assert operator.cluster.of_kind("Job") == []
+
+
+def test_queue_admits_jobs_by_ending_their_suspension() -> None:
+    operator = begun({"spec.runtime": {"queueName": "team-a"}})
+    operator.settle()
+    (job,) = operator.cluster.of_kind("Job")
+    assert job["spec"]["suspend"] is True
+    assert job["metadata"]["labels"][names.LABEL_QUEUE] == "team-a"
+    assert operator.status.state == "Queued"
+    assert "team-a" in operator.status.conditions[0].message
+    operator.cluster.objects["Job", "finance-qa-prepare"]["spec"]["suspend"] = False
+    operator.cluster.start_pods()
+    operator.settle()
+    assert operator.status.state == "Preparing"
+
+
+class Posted:
+    """What a trainer posted."""
+
+    def __init__(self, pod_uid: str, step: int) -> None:
+        self.pod_uid = pod_uid
+        self.step = step
+        self.loss = 2.5
+        self.validation_loss = None
+        self.tokens_per_second = 12.0
+        self.eta_seconds = 61.4
+
+
+def test_progress_is_shown_but_not_written_with_every_post() -> None:
+    operator = begun(progress_status_seconds=30)
+    operator.settle()
+    operator.cluster.advance()
+    operator.settle()
+    operator.cluster.start_pods()
+    operator.settle()
+    pod = operator.cluster.of_kind("Pod")[-1]
+    writes = len(operator.cluster.writes)
+    operator.progress = {STAGES[0]: Posted(pod["metadata"]["uid"], 1)}
+    assert operator.reconcile() == pytest.approx(30)
+    assert len(operator.cluster.writes) == writes
+    operator.clock += 30
+    operator.reconcile()
+    status = operator.status
+    assert status.stages[0].step == 1
+    assert (status.loss, status.eta, status.stage) == ("2.5000", "1m01s", "1/2 layers-0-1")
+    assert len(operator.cluster.writes) == writes + 1
+    operator.progress = {STAGES[0]: Posted("another pod", 3)}
+    operator.clock += 30
+    operator.settle()
+    assert operator.status.stages[0].step == 1
+
+
+def test_operator_writes_at_most_eight_times_for_a_stage() -> None:
+    short, long = begun(), begun({"spec.schedule": {"layersPerStage": 1}})
+    short.finish()
+    long.finish()
+    for_two_stages = len(long.cluster.writes) - len(short.cluster.writes)
+    assert for_two_stages / 2 <= 8
+
+
+def test_deleted_run_is_left_alone() -> None:
+    operator = begun()
+    operator.settle()
+    run = operator.cluster.objects["StagedFineTune", "finance-qa"]
+    run["metadata"]["deletionTimestamp"] = "2026-01-01T00:00:00Z"
+    writes = len(operator.cluster.writes)
+    operator.cluster.advance()
+    assert operator.reconcile() is None
+    assert len(operator.cluster.writes) == writes
+
+
+def test_claim_outlives_its_run_unless_nothing_is_retained() -> None:
+    kept, gone = begun(), begun({"spec.storage": {"size": "1Gi", "retain": "Nothing"}})
+    for operator in (kept, gone):
+        operator.settle()
+    (claim,) = kept.cluster.of_kind("PersistentVolumeClaim")
+    assert "ownerReferences" not in claim["metadata"]
+    (claim,) = gone.cluster.of_kind("PersistentVolumeClaim")
+    assert claim["metadata"]["ownerReferences"][0]["kind"] == names.KIND
+
+
+def test_claim_that_is_there_already_is_used_and_none_is_made() -> None:
+    operator = begun({"spec.storage": {"claimName": "mine"}})
+    operator.settle()
+    assert operator.cluster.of_kind("PersistentVolumeClaim") == []
+    (job,) = operator.cluster.of_kind("Job")
+    claims = [
+        volume["persistentVolumeClaim"]["claimName"]
+        for volume in job["spec"]["template"]["spec"]["volumes"]
+        if "persistentVolumeClaim" in volume
+    ]
+    assert claims == ["mine", "rows"]
+
+
+def test_status_of_a_newer_version_can_be_read() -> None:
+    operator = begun()
+    expected = operator.finish()
+    run = operator.cluster.objects["StagedFineTune", "finance-qa"]
+    run["status"]["invention"] = {"of": "later"}
+    run["status"]["stages"][0]["invention"] = 1
+    run["status"]["conditions"].append({"type": "Invented", "status": "True"})
+    assert read_status(run).stages == expected.stages
