@@ -1,8 +1,6 @@
 """A cluster for the tests of this folder: one that is given, or a control plane of their own."""
 
-import os
 import shutil
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
 from http import HTTPStatus
@@ -11,16 +9,11 @@ from pathlib import Path
 import pytest
 
 from local_cluster.api import Cluster
-from local_cluster.binaries import (
-    BinariesUnavailableError,
-    binaries_directory,
-    provide_binaries,
-)
+from local_cluster.binaries import BinariesUnavailableError, provide_binaries
 from local_cluster.control_plane import end_control_plane, start_control_plane
+from local_cluster.testing import find_kubectl, given_kubeconfig, make_tell
 from stagetune_api import names
 from stagetune_api.schema import CRD_FILE
-
-KUBECONFIG_VARIABLE = "STAGETUNE_TEST_KUBECONFIG"
 
 
 @pytest.fixture(scope="session")
@@ -29,11 +22,11 @@ def cluster(
 ) -> Iterator[Cluster]:
     """The cluster of STAGETUNE_TEST_KUBECONFIG, else a new control plane that ends afterwards."""
     scratch = tmp_path_factory.mktemp("cluster")
-    given = os.environ.get(KUBECONFIG_VARIABLE)
+    given = given_kubeconfig()
     with ExitStack() as stack:
         stack.callback(shutil.rmtree, scratch)
         if given:
-            kubeconfig, kubectl = Path(given), find_kubectl()
+            kubeconfig, kubectl = given, find_kubectl()
         else:
             binaries = find_binaries(request.config)
             stack.callback(end_control_plane, scratch / "control-plane")
@@ -42,25 +35,10 @@ def cluster(
         yield stack.enter_context(Cluster(kubeconfig, kubectl, scratch))
 
 
-def find_kubectl() -> Path:
-    """Return the kubectl for a cluster that is given."""
-    built = binaries_directory() / "kubectl"
-    found = str(built) if built.exists() else shutil.which("kubectl")
-    if found is None:
-        pytest.skip(f"{KUBECONFIG_VARIABLE} is set and there is no kubectl; install one")
-    return Path(found)
-
-
 def find_binaries(config: pytest.Config) -> Path:
     """Return the folder of the control plane's programs; the first time that takes minutes."""
-    capture = config.pluginmanager.getplugin("capturemanager")
-
-    def tell(text: str) -> None:
-        with capture.global_and_fixture_disabled():
-            print(f"\n{text}", file=sys.stderr, flush=True)  # noqa: T201
-
     try:
-        return provide_binaries(tell)
+        return provide_binaries(make_tell(config))
     except BinariesUnavailableError as error:
         pytest.skip(str(error))
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from local_cluster.processes import Process, end_process, start_process, wait_until
+from local_cluster.sandbox import NETWORK
 
 PROXY_SECONDS = 30
 
@@ -35,6 +36,9 @@ class Cluster:
         # The cache and the preferences are the user's own: tests leave both alone.
         cache = {"KUBECACHEDIR": str(scratch / "kubectl"), "KUBERC": "off"}
         self._environment = {**os.environ, "KUBECONFIG": str(kubeconfig), **cache}
+        # A node is on this machine, and no proxy leads there.
+        direct = [os.environ.get("NO_PROXY") or os.environ.get("no_proxy", ""), str(NETWORK)]
+        self._environment["NO_PROXY"] = ",".join(filter(None, direct))
         self._log = scratch / "proxy.log"
         self._proxy: Process | None = None
         self._port = 0

@@ -1,7 +1,8 @@
-"""The programs of the control plane: built once from their Go module, then kept in the cache.
+"""The programs of Kubernetes: built once from their Go module, then kept in the cache.
 
 What is in `program/` decides the folder's name, so a change of it builds anew and nothing else
-does. A build goes to a folder beside it and gets its name when it is whole.
+does. A build goes to a folder beside it and gets its name when it is whole; `programs` and `debian`
+keep what else a cluster takes in the same way.
 """
 
 import fcntl
@@ -20,6 +21,8 @@ PROGRAMS = (
     "kube-apiserver",
     "kube-controller-manager",
     "kube-scheduler",
+    "kubelet",
+    "kube-proxy",
     "kubectl",
     "certificates",
 )
@@ -49,11 +52,16 @@ def kubernetes_version() -> str:
 
 def binaries_directory() -> Path:
     """Return the folder in which the binaries are, or will be once they are built."""
+    return cache_directory() / f"kubernetes-{kubernetes_version()}-{digest_of(SOURCES)}"
+
+
+def digest_of(sources: Path) -> str:
+    """Return what tells apart the states of a folder of sources, in twelve characters."""
     digest = hashlib.sha256()
-    for path in sorted(SOURCES.iterdir()):
+    for path in sorted(sources.iterdir()):
         content = path.read_bytes()
         digest.update(f"{path.name} {len(content)}\n".encode() + content)
-    return cache_directory() / f"kubernetes-{kubernetes_version()}-{digest.hexdigest()[:12]}"
+    return digest.hexdigest()[:12]
 
 
 def provide_binaries(tell: Callable[[str], None]) -> Path:
@@ -62,55 +70,76 @@ def provide_binaries(tell: Callable[[str], None]) -> Path:
     `tell` is given what a person should know who waits. Raises BinariesUnavailableError if this
     machine cannot build them, and CalledProcessError if it can and the code does not compile.
     """
-    directory = binaries_directory()
+    return provide_folder(binaries_directory(), _build, tell)
+
+
+def provide_folder(
+    directory: Path, make: Callable[[Path, int], None], tell: Callable[[str], None]
+) -> Path:
+    """Return `directory`, having `make` fill it first where it is not there yet.
+
+    `make` is given a folder beside it, and a lock to pass to every program it starts: the program
+    keeps the lock for as long as it lives, also if this process is killed before it.
+    """
     if not directory.exists():
         directory.parent.mkdir(parents=True, exist_ok=True)
-        with _lock(directory.parent / "kubernetes.lock", tell) as lock:
+        name = directory.name.partition("-")[0]
+        with hold_lock(directory.with_name(f"{name}.lock"), tell) as lock:
             if not directory.exists():
-                _build(directory, lock, tell)
+                # What an interrupted build left: no other can be under way, for the lock is held.
+                unfinished = directory.with_name(f"{directory.name}.tmp")
+                shutil.rmtree(unfinished, ignore_errors=True)
+                started = time.monotonic()
+                unfinished.mkdir()
+                try:
+                    tell(f"making {directory}; minutes, and only once")
+                    make(unfinished, lock)
+                    unfinished.rename(directory)
+                finally:
+                    shutil.rmtree(unfinished, ignore_errors=True)
+                tell(f"made {directory} in {time.monotonic() - started:.0f} s")
     return directory
 
 
 @contextmanager
-def _lock(path: Path, tell: Callable[[str], None]) -> Iterator[int]:
+def hold_lock(path: Path, tell: Callable[[str], None]) -> Iterator[int]:
+    """Hold the lock `path`, which is the kernel's and so goes with whoever holds it."""
     with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            tell("another process builds Kubernetes; waiting for it")
+            tell(f"another process holds {path}; waiting for it")
             fcntl.flock(file, fcntl.LOCK_EX)
         yield file.fileno()
 
 
-def _build(directory: Path, lock: int, tell: Callable[[str], None]) -> None:
+def find_go(directory: Path, needed_bytes: int) -> str:
+    """Return the Go that builds for `directory`; raises BinariesUnavailableError without it or
+    the disk that it takes."""
     go = shutil.which("go")
     if go is None:
         raise BinariesUnavailableError(
             "Go is not on the PATH, and it builds the test cluster; install Go 1.26 or newer, "
             "or give a cluster by STAGETUNE_TEST_KUBECONFIG"
         )
-    if (free := shutil.disk_usage(directory.parent).free) < NEEDED_BYTES:
+    if (free := shutil.disk_usage(directory).free) < needed_bytes:
         raise BinariesUnavailableError(
-            f"building the test cluster takes {NEEDED_BYTES / 1e9:.0f} GB and {directory.parent} "
+            f"building the test cluster takes {needed_bytes / 1e9:.0f} GB and {directory} "
             f"has {free / 1e9:.1f} GB left; free some, or set XDG_CACHE_HOME and GOCACHE to "
             "folders with more"
         )
-    tell(f"building Kubernetes {kubernetes_version()} for {directory}; minutes, and only once")
-    started = time.monotonic()
-    # What an interrupted build left: no other build can be under way, for the lock is held.
-    unfinished = directory.with_name(f"{directory.name}.tmp")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir()
+    return go
+
+
+def _build(unfinished: Path, lock: int) -> None:
+    go = find_go(unfinished.parent, NEEDED_BYTES)
     environment = {**os.environ, "CGO_ENABLED": "0", "GOWORK": "off"}
     _download(go, environment, lock)
     command = [go, "build", "-trimpath", "-buildvcs=false", "-ldflags", _linker_flags()]
     command += ["-o", str(unfinished / "kubernetes"), "."]
-    # Go keeps the lock for as long as it lives, also if this process is killed before it.
     subprocess.run(command, cwd=SOURCES, env=environment, check=True, pass_fds=[lock])
     for name in PROGRAMS:
         (unfinished / name).symlink_to("kubernetes")
-    unfinished.rename(directory)
-    tell(f"built in {time.monotonic() - started:.0f} s")
 
 
 def _download(go: str, environment: Mapping[str, str], lock: int) -> None:

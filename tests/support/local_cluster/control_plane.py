@@ -1,8 +1,4 @@
-"""A control plane in one folder: started whole or not at all, and ended without a trace.
-
-The folder keeps who was started in `processes.json` from the first process on, so that whoever
-finds the folder can end them, also after the program that began was killed.
-"""
+"""A control plane in one folder: started whole or not at all, and ended without a trace."""
 
 import base64
 import http.client
@@ -12,25 +8,19 @@ import shutil
 import socket
 import ssl
 import subprocess
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
-from local_cluster.processes import (
-    Process,
-    end_process,
-    is_running,
-    start_process,
-    wait_until,
-)
+from local_cluster.processes import is_running
+from local_cluster.record import Processes, end_recorded, recorded
 
 HOST = "127.0.0.1"
 ADVERTISED_ADDRESS = "192.0.2.1"
-"""Where pods would find the API server, which refuses a loopback address for it. There are none,
-so it is one of RFC 5737's addresses for documentation."""
+"""Where pods would find the API server, which refuses a loopback address for it. Without a node
+there are none, so it is one of RFC 5737's addresses for documentation."""
 SERVICE_NETWORK = "10.96.0.0/16"
 SERVER_NAMES = (
-    HOST,
-    ADVERTISED_ADDRESS,
     "10.96.0.1",
     "localhost",
     "kubernetes",
@@ -40,24 +30,45 @@ SERVER_NAMES = (
 )
 PORTS = range(20000, 32000)
 """Below the ports that Linux gives to outgoing connections, which come and go all the time."""
-START_SECONDS = 120
-END_SECONDS = 15
 ACCOUNT_PATH = "/api/v1/namespaces/default/serviceaccounts/default"
 """What the controller manager makes first for every namespace."""
 
 
-def start_control_plane(binaries: Path, directory: Path, *, ends_with_parent: bool = True) -> Path:
+class Place(NamedTuple):
+    """Where a control plane runs and is found."""
+
+    address: str = HOST
+    """What its programs listen on."""
+    advertised: str = ADVERTISED_ADDRESS
+    """Where pods find the API server."""
+    enter: tuple[str, ...] = ()
+    """The command before each program's own that makes it run there."""
+    nodes: tuple[str, ...] = ()
+    """The names of the nodes that will join."""
+
+
+THIS_MACHINE = Place()
+
+
+def start_control_plane(
+    binaries: Path,
+    directory: Path,
+    place: Place = THIS_MACHINE,
+    *,
+    ends_with_parent: bool = True,
+) -> Path:
     """Start a control plane that keeps everything in `directory`; return its kubeconfig.
 
     Returns when the API server is ready and controller manager and scheduler work. If that does
     not come about, ends what was started and raises ProcessEndedError or TimeoutError.
     """
-    for folder in ("keys", "logs", "etcd"):
+    for folder in ("keys", "etcd"):
         (directory / folder).mkdir(parents=True)
+    processes = Processes(directory, ends_with_parent=ends_with_parent)
     try:
-        _Start(binaries, directory, ends_with_parent).run()
+        _Start(binaries, processes, place).run()
     except BaseException:
-        _end_processes(directory)
+        end_recorded(directory)
         raise
     return kubeconfig_file(directory)
 
@@ -69,53 +80,65 @@ def kubeconfig_file(directory: Path) -> Path:
 
 def is_whole(directory: Path) -> bool:
     """Return whether a control plane was started in `directory` and all of it is running."""
-    processes = _recorded(directory)
-    return kubeconfig_file(directory).exists() and all(map(is_running, processes))
+    return kubeconfig_file(directory).exists() and all(map(is_running, recorded(directory)))
 
 
 def end_control_plane(directory: Path) -> None:
     """End what was started in `directory`, the last one first, and remove the folder."""
-    _end_processes(directory)
+    end_recorded(directory)
     shutil.rmtree(directory, ignore_errors=True)
 
 
-def _end_processes(directory: Path) -> None:
-    for process in reversed(_recorded(directory)):
-        end_process(process, patience_seconds=END_SECONDS)
+def build_kubeconfig(keys: Path, server: str, client: str) -> dict[str, object]:
+    """Return the kubeconfig with which the client of this name in `keys` speaks to `server`."""
 
+    def content(name: str) -> str:
+        return base64.b64encode((keys / name).read_bytes()).decode()
 
-def _recorded(directory: Path) -> list[Process]:
-    record = directory / "processes.json"
-    if not record.exists():
-        return []
-    return [Process(**entry) for entry in json.loads(record.read_text())]
+    cluster = {"server": server, "certificate-authority-data": content("ca.crt")}
+    user = {
+        "client-certificate-data": content(f"{client}.crt"),
+        "client-key-data": content(f"{client}.key"),
+    }
+    name = "stagetune-test"
+    return {
+        "apiVersion": "v1",
+        "kind": "Config",
+        "clusters": [{"name": name, "cluster": cluster}],
+        "users": [{"name": name, "user": user}],
+        "contexts": [{"name": name, "context": {"cluster": name, "user": name}}],
+        "current-context": name,
+    }
 
 
 class _Start:
     """One start of a control plane, step by step."""
 
-    def __init__(self, binaries: Path, directory: Path, ends_with_parent: bool) -> None:
+    def __init__(self, binaries: Path, processes: Processes, place: Place) -> None:
         self.binaries = binaries
-        self.directory = directory
-        self.ends_with_parent = ends_with_parent
-        self.keys = directory / "keys"
-        self.processes: list[Process] = []
+        self.processes = processes
+        self.directory = processes.directory
+        self.place = place
+        self.keys = self.directory / "keys"
 
     def run(self) -> None:
-        command = [str(self.binaries / "certificates"), str(self.keys), *SERVER_NAMES]
+        names = {*SERVER_NAMES, self.place.address, self.place.advertised}
+        names |= {f"node={name}" for name in self.place.nodes}
+        command = [str(self.binaries / "certificates"), str(self.keys), *sorted(names)]
         subprocess.run(command, check=True)
-        etcd, peers, server, manager, scheduler = _free_ports(5)
+        etcd, peers, metrics, server, manager, scheduler = _free_ports(6)
         admin = self._client_context()
+        url = f"https://{self.place.address}:{server}"
         config = self.directory / "unfinished.json"
-        config.write_text(json.dumps(self._kubeconfig(server)))
+        config.write_text(json.dumps(build_kubeconfig(self.keys, url, "admin")))
 
-        self._start("etcd", self._etcd_options(etcd, peers))
-        self._await("etcd", lambda: _answers(etcd, "/health"))
+        self._start("etcd", self._etcd_options(etcd, peers, metrics))
+        self._await("etcd", metrics, "/health")
         self._start("kube-apiserver", self._server_options(server, etcd))
-        self._await("API server", lambda: _answers(server, "/readyz", admin))
+        self._await("API server", server, "/readyz", admin)
         options = [
             f"--kubeconfig={config}",
-            f"--bind-address={HOST}",
+            f"--bind-address={self.place.address}",
             "--leader-elect=false",
             # By default a client waits to ask for no more than 20 a second, also at the start.
             "--kube-api-qps=500",
@@ -127,25 +150,20 @@ class _Start:
             [*options, f"--secure-port={manager}", *self._manager_options()],
         )
         self._start("kube-scheduler", [*options, f"--secure-port={scheduler}"])
-        self._await("scheduler", lambda: _answers(scheduler, "/healthz", admin))
-        self._await("controller manager", lambda: _answers(server, ACCOUNT_PATH, admin))
+        self._await("scheduler", scheduler, "/healthz", admin)
+        self._await("controller manager", server, ACCOUNT_PATH, admin)
         config.rename(kubeconfig_file(self.directory))
 
     def _start(self, name: str, options: Sequence[str]) -> None:
-        process = start_process(
-            name,
-            [str(self.binaries / name), *options],
-            self.directory / "logs" / f"{name}.log",
-            ends_with_parent=self.ends_with_parent,
-        )
-        self.processes.append(process)
-        entries = [process._asdict() for process in self.processes]
-        (self.directory / "processes.json").write_text(json.dumps(entries, indent=2) + "\n")
+        self.processes.start(name, [*self.place.enter, str(self.binaries / name), *options])
 
-    def _await(self, what: str, holds: Callable[[], bool]) -> None:
-        wait_until(holds, what=what, seconds=START_SECONDS, processes=self.processes)
+    def _await(
+        self, what: str, port: int, path: str, context: ssl.SSLContext | None = None
+    ) -> None:
+        address = self.place.address
+        self.processes.wait_until(lambda: answers(address, port, path, context), what=what)
 
-    def _etcd_options(self, port: int, peers: int) -> list[str]:
+    def _etcd_options(self, port: int, peers: int, metrics: int) -> list[str]:
         return [
             f"--data-dir={self.directory / 'etcd'}",
             f"--listen-client-urls=http://{HOST}:{port}",
@@ -153,6 +171,8 @@ class _Start:
             f"--listen-peer-urls=http://{HOST}:{peers}",
             f"--initial-advertise-peer-urls=http://{HOST}:{peers}",
             f"--initial-cluster=default=http://{HOST}:{peers}",
+            # Everything in etcd is for the API server beside it alone, but for its health.
+            f"--listen-metrics-urls=http://{self.place.address}:{metrics}",
             # What a crash of the machine would lose is lost with the cluster anyhow.
             "--unsafe-no-fsync",
         ]
@@ -160,13 +180,17 @@ class _Start:
     def _server_options(self, port: int, etcd: int) -> list[str]:
         return [
             f"--etcd-servers=http://{HOST}:{etcd}",
-            f"--bind-address={HOST}",
+            f"--bind-address={self.place.address}",
             f"--secure-port={port}",
-            f"--advertise-address={ADVERTISED_ADDRESS}",
+            f"--advertise-address={self.place.advertised}",
             f"--service-cluster-ip-range={SERVICE_NETWORK}",
             "--authorization-mode=Node,RBAC",
             f"--client-ca-file={self.keys / 'ca.crt'}",
             *self._serving_options(),
+            # How the API server reaches kubelets, for logs and port-forward: no DNS knows nodes.
+            "--kubelet-preferred-address-types=InternalIP",
+            f"--kubelet-client-certificate={self.keys / 'admin.crt'}",
+            f"--kubelet-client-key={self.keys / 'admin.key'}",
             "--service-account-issuer=https://kubernetes.default.svc.cluster.local",
             f"--service-account-key-file={self.keys / 'service-accounts.pub'}",
             f"--service-account-signing-key-file={self.keys / 'service-accounts.key'}",
@@ -190,28 +214,6 @@ class _Start:
         context.load_cert_chain(self.keys / "admin.crt", self.keys / "admin.key")
         return context
 
-    def _kubeconfig(self, port: int) -> dict[str, object]:
-        def content(name: str) -> str:
-            return base64.b64encode((self.keys / name).read_bytes()).decode()
-
-        cluster = {
-            "server": f"https://{HOST}:{port}",
-            "certificate-authority-data": content("ca.crt"),
-        }
-        user = {
-            "client-certificate-data": content("admin.crt"),
-            "client-key-data": content("admin.key"),
-        }
-        name = "stagetune-test"
-        return {
-            "apiVersion": "v1",
-            "kind": "Config",
-            "clusters": [{"name": name, "cluster": cluster}],
-            "users": [{"name": name, "user": user}],
-            "contexts": [{"name": name, "context": {"cluster": name, "user": name}}],
-            "current-context": name,
-        }
-
 
 def _free_ports(number: int) -> list[int]:
     """Return ports that nobody listens on. Another program may still be faster to take one."""
@@ -230,12 +232,12 @@ def _free_ports(number: int) -> list[int]:
     raise OSError(f"no free port from {PORTS.start} to {PORTS.stop - 1}")
 
 
-def _answers(port: int, path: str, context: ssl.SSLContext | None = None) -> bool:
+def answers(address: str, port: int, path: str, context: ssl.SSLContext | None = None) -> bool:
     """Return whether a GET of `path` gives 200."""
     if context is None:
-        connection = http.client.HTTPConnection(HOST, port, timeout=5)
+        connection = http.client.HTTPConnection(address, port, timeout=5)
     else:
-        connection = http.client.HTTPSConnection(HOST, port, timeout=5, context=context)
+        connection = http.client.HTTPSConnection(address, port, timeout=5, context=context)
     try:
         connection.request("GET", path)
         return connection.getresponse().status == http.client.OK

@@ -10,7 +10,7 @@ import select
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -36,7 +36,12 @@ class Process(NamedTuple):
 
 
 def start_process(
-    name: str, command: Sequence[str], log: Path, *, ends_with_parent: bool
+    name: str,
+    command: Sequence[str],
+    log: Path,
+    *,
+    ends_with_parent: bool,
+    environment: Mapping[str, str] | None = None,
 ) -> Process:
     """Start `command` in a session of its own, with its output in the file `log`.
 
@@ -48,6 +53,7 @@ def start_process(
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
+            env=environment,
             # A Ctrl-C in the terminal is for the caller, who then ends its processes in order.
             start_new_session=True,
             preexec_fn=_end_with_parent if ends_with_parent else None,
@@ -55,10 +61,23 @@ def start_process(
     # It may outlive this object, whose destructor would warn of that: `end_process` waits for the
     # child, or init does after this process.
     child.returncode = 0
-    began = _began(child.pid)
-    if began is None:
+    process = find_process(name, child.pid, log)
+    if process is None:
         raise ProcessEndedError(f"{name} ended at once:\n{_tail(log)}")
-    return Process(name, child.pid, began, str(log))
+    return process
+
+
+def find_process(name: str, number: int, log: Path) -> Process | None:
+    """Return the process that has this number now; None if none has it."""
+    began = _began(number)
+    return None if began is None else Process(name, number, began, str(log))
+
+
+def this_process() -> Process:
+    """Return the process that asks."""
+    process = find_process("this", os.getpid(), Path(os.devnull))
+    assert process is not None
+    return process
 
 
 def end_process(process: Process, *, patience_seconds: float) -> None:

@@ -13,6 +13,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"strings"
 	"time"
 )
 
@@ -21,12 +22,21 @@ const lifetime = 365 * 24 * time.Hour
 
 // writeCertificates makes the keys of a new cluster in the folder args[0]: a CA, the API server's
 // certificate for the names and addresses args[1:], an administrator's client certificate, and the
-// pair of keys that service-account tokens are signed and checked with.
+// pair of keys that service-account tokens are signed and checked with. For every node=NAME among
+// args it makes the client certificate NAME with which that node's kubelet is known.
 func writeCertificates(args []string) error {
 	if len(args) < 2 {
 		return errors.New("give a folder and the API server's names and addresses")
 	}
-	folder, hosts := args[0], args[1:]
+	folder := args[0]
+	var hosts, nodes []string
+	for _, arg := range args[1:] {
+		if name, isNode := strings.CutPrefix(arg, "node="); isNode {
+			nodes = append(nodes, name)
+		} else {
+			hosts = append(hosts, arg)
+		}
+	}
 	authority := certificate("stagetune-test-ca", "")
 	authority.IsCA = true
 	authority.BasicConstraintsValid = true
@@ -49,10 +59,14 @@ func writeCertificates(args []string) error {
 		return err
 	}
 
-	admin := certificate("stagetune-test-admin", "system:masters")
-	admin.ExtKeyUsage = []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth}
-	if _, err := writePair(folder, "admin", admin, ca); err != nil {
+	if err := writeClient(folder, "admin", "stagetune-test-admin", "system:masters", ca); err != nil {
 		return err
+	}
+	for _, name := range nodes {
+		// The names by which the API server's Node authorizer takes a client for a node.
+		if err := writeClient(folder, name, "system:node:"+name, "system:nodes", ca); err != nil {
+			return err
+		}
 	}
 
 	accounts, err := writeKey(folder, "service-accounts")
@@ -64,6 +78,13 @@ func writeCertificates(args []string) error {
 		return err
 	}
 	return writePEM(folder, "service-accounts.pub", "PUBLIC KEY", public)
+}
+
+func writeClient(folder, file, name, organization string, ca *pair) error {
+	client := certificate(name, organization)
+	client.ExtKeyUsage = []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth}
+	_, err := writePair(folder, file, client, ca)
+	return err
 }
 
 func certificate(name, organization string) *x509.Certificate {

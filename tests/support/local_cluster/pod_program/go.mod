@@ -1,0 +1,3 @@
+module stagetune.io/pod-program
+
+go 1.24
