@@ -7,7 +7,7 @@ PYTHON ?= python3
 UV := $(or $(shell command -v uv 2>/dev/null),$(CACHE)/uv-$(UV_VERSION)/bin/uv)
 RUN := $(UV) run --frozen --no-sync
 
-.PHONY: help setup quickstart test cluster-up cluster-down lint crds bench-flops clean
+.PHONY: help setup quickstart test cluster-up cluster-down cluster-demo lint crds manifests images bench-flops clean
 
 help:  ## Show these commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/ \t/' | expand -t 16
@@ -31,8 +31,11 @@ quickstart: setup  ## Tune a real small model in stages and compare it with the 
 test: setup  ## Run every test tier that this machine can
 	$(RUN) python -m pytest
 
-cluster-up: setup  ## Start a Kubernetes control plane without root; says how to use it
-	PYTHONPATH=tests/support $(RUN) python -m local_cluster up
+cluster-up: setup  ## Start a Kubernetes control plane without root; with NODE=1, a node, as root
+	PYTHONPATH=tests/support $(RUN) python -m local_cluster up $(if $(NODE),--node)
+
+cluster-demo: setup  ## Run the quick start on a real node, as root, and compare it with the local run
+	PYTHONPATH=tests/support $(RUN) python -m cluster_demo
 
 cluster-down: setup  ## End it
 	PYTHONPATH=tests/support $(RUN) python -m local_cluster down
@@ -46,6 +49,30 @@ lint: setup  ## Formatting, lint, types, layers, generated files
 
 crds: setup  ## Write crds/*.yaml from the models
 	$(RUN) python -m stagetune_api.schema
+
+manifests: setup  ## Write deploy/stagetune.yaml and the chart's generated parts
+	PYTHONPATH=tests/support $(RUN) python deploy/render.py
+
+# What pip and uv take packages from on this machine goes to the build as a secret and stays out of
+# the images. BUILD_FLAGS goes to the builder as it is.
+images: IMAGE_PREFIX ?= stagetune
+images: TAG ?= latest
+images: CA_BUNDLE ?= $(SSL_CERT_FILE)
+images: CA_SECRET = id=ca-bundle,src=$(CA_BUNDLE)
+images:  ## Build both images; IMAGE_PREFIX, TAG, BASE_IMAGE, CA_BUNDLE and BUILD_FLAGS
+	@set -eu; umask 077; settings=$$(mktemp); trap 'rm -f "$$settings"' EXIT; \
+	if timeout 30 docker info > /dev/null 2>&1; then builder="docker build"; \
+	elif command -v buildah > /dev/null; then builder="buildah build --layers"; \
+	elif command -v podman > /dev/null; then builder="podman build"; \
+	else echo "docker, buildah or podman builds the images; install one"; exit 1; fi; \
+	PYTHONPATH=tests/support $(PYTHON) -m local_cluster.images > "$$settings"; \
+	for kind in operator trainer; do \
+	  $$builder $(if $(BASE_IMAGE),--build-arg BASE_IMAGE="$(BASE_IMAGE)") \
+	    --label "org.opencontainers.image.revision=$$(git rev-parse HEAD 2> /dev/null)" \
+	    --secret id=build-env,src="$$settings" \
+	    $(if $(CA_BUNDLE),--secret "$(CA_SECRET)") $(BUILD_FLAGS) \
+	    --file Dockerfile.$$kind --tag "$(IMAGE_PREFIX)/$$kind:$(TAG)" .; \
+	done
 
 bench-flops: setup  ## Count the FLOPs of a stage's step relative to full fine-tuning
 	$(RUN) python benchmarks/stage_flops.py
