@@ -9,10 +9,14 @@ from rich.table import Table
 from rich.text import Text
 
 from stagetune.listeners import Listeners
-from stagetune.status_board import format_duration
 from stagetune_api.progress import Progress, ProgressKind
 from stagetune_api.stage import Task
-from stagetune_api.status import StagedFineTuneStatus, StageState, StageStatus
+from stagetune_api.status import (
+    StagedFineTuneStatus,
+    StageState,
+    StageStatus,
+    format_duration,
+)
 
 _SECONDS_BETWEEN_LINES = 10.0
 _STATE_STYLES = {

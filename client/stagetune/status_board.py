@@ -23,6 +23,7 @@ from stagetune_api.status import (
     StageMeasurements,
     StageState,
     StageStatus,
+    format_duration,
     with_condition,
 )
 
@@ -251,13 +252,3 @@ def read_status(path: Path) -> StagedFineTuneStatus | None:
     if not path.exists():
         return None
     return StagedFineTuneStatus.model_validate_json(path.read_bytes())
-
-
-def format_duration(seconds: float) -> str:
-    """Return a duration as people write it: `42s`, `3m05s`, `2h10m`."""
-    whole = round(seconds)
-    if whole < 60:
-        return f"{whole}s"
-    if whole < 3600:
-        return f"{whole // 60}m{whole % 60:02d}s"
-    return f"{whole // 3600}h{whole % 3600 // 60:02d}m"

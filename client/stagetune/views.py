@@ -11,9 +11,8 @@ from ruamel.yaml import YAML
 
 from stagetune.display import format_bytes, stage_table
 from stagetune.run_report import RunReport
-from stagetune.status_board import format_duration
 from stagetune_api.problems import Problem
-from stagetune_api.status import StagedFineTuneStatus
+from stagetune_api.status import StagedFineTuneStatus, format_duration
 from stagetune_operator.plan import Plan
 
 

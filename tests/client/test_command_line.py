@@ -14,9 +14,9 @@ from stagetune.display import PlainDisplay
 from stagetune.local_run import RunInterruptedError, run_locally
 from stagetune.manifest_file import ManifestFile, read_manifest_file
 from stagetune.run_record import changed_fields
-from stagetune.status_board import format_duration
 from stagetune_api.names import RUN_MANIFEST_FILE, ExitCode, RunLayout
 from stagetune_api.problems import InvalidManifestError
+from stagetune_api.status import format_duration
 
 WriteManifest = Callable[..., Path]
 QWEN = ["examples/qwen2.5-7b-finance.yaml"]

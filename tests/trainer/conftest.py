@@ -16,6 +16,7 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
 
+from stagetune_api.report import StageReport
 from stagetune_api.stage import StageConfig
 
 if TYPE_CHECKING:
@@ -255,3 +256,80 @@ def make_stage_config(
         return StageConfig.model_validate(_merged(defaults, fields))
 
     return make
+
+
+class NeverAsked:
+    """A request to stop that nobody makes."""
+
+    requested = False
+
+
+def build_stage(index: int, first: int, last: int, **options: Any) -> dict[str, Any]:
+    """Return a planned stage of eight steps: one epoch over the 32 training rows."""
+    estimates = (
+        "trainableParameters weightsBytes trainingStateBytes activationBytes memoryBytes "
+        "diskBytes stepFlops relativeStepFlops"
+    )
+    return {
+        "index": index,
+        "name": f"layers-{first}-{last}",
+        "layers": {"first": first, "last": last},
+        "embeddings": False,
+        "head": False,
+        "learningRate": 3e-3,
+        "epochs": 1.0,
+        "rows": {"start": 0, "end": 32},
+        "steps": 8,
+        "warmupSteps": 1,
+        "validationInterval": 4,
+        "estimate": dict.fromkeys(estimates.split(), 0),
+        **options,
+    }
+
+
+@pytest.fixture(scope="session")
+def make_stage() -> Callable[..., dict[str, Any]]:
+    """`make_stage(index, first, last, **fields)`: a planned stage of eight steps."""
+    return build_stage
+
+
+@pytest.fixture
+def make_later_config(
+    make_stage_config: Callable[..., StageConfig],
+) -> Callable[..., StageConfig]:
+    """`make_later_config(task, chain=[reports], **fields)` of a run that is prepared first.
+
+    Fields given to more than one call (`model`, `run_directory`) have to be given to each.
+    """
+    from stagetune_trainer.run import run_task
+
+    prepared: dict[str, StageReport] = {}
+
+    def make(task: str, *, chain: Iterable[StageReport] = (), **fields: Any) -> StageConfig:
+        before = ("model", "dataset", "run_directory", "claims_directory")
+        base = {name: fields[name] for name in before if name in fields}
+        key = json.dumps(base, sort_keys=True)
+        if key not in prepared:
+            report, _ = run_task(make_stage_config(**base, attempt=0), NeverAsked())
+            assert report.failure is None
+            prepared[key] = report
+        facts = prepared[key].facts
+        assert facts is not None
+        outputs = [report.output for report in chain if report.output is not None]
+        defaults = {
+            "task": task,
+            "attempt": 0,
+            "model_directory": facts.model_directory,
+            "model_digest": facts.model.digest,
+            "data_digest": facts.data.digest,
+            "chain": [{"path": output.path, "digest": output.digest} for output in outputs],
+        }
+        return make_stage_config(**{**defaults, **fields})
+
+    return make
+
+
+@pytest.fixture
+def never() -> NeverAsked:
+    """A request to stop that nobody makes."""
+    return NeverAsked()

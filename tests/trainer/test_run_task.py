@@ -2,6 +2,7 @@
 
 import errno
 import json
+import logging
 import os
 import signal
 import subprocess
@@ -17,13 +18,14 @@ from stagetune_api.names import TrainerExitCode
 from stagetune_api.problems import Problem, ProblemReason
 from stagetune_api.report import FailureClass, Outcome, StageReport
 from stagetune_api.stage import StageConfig, Task
+from stagetune_trainer.__main__ import RedactingFormatter
 from stagetune_trainer.errors import (
     DivergedError,
     FencedError,
     InterruptedRunError,
     UserError,
 )
-from stagetune_trainer.run import classify, run_task
+from stagetune_trainer.run import classify, failed, run_task
 
 MakeConfig = Callable[..., StageConfig]
 PROBLEM = Problem(path="spec.model.source", reason=ProblemReason.NOT_FOUND, message="is not there")
@@ -67,6 +69,22 @@ def test_every_kind_of_failure_has_its_class_and_exit_code(
 
 def test_host_memory_that_torch_cannot_get_is_out_of_memory() -> None:
     assert classify(cpu_allocation_error())[0] is FailureClass.OUT_OF_MEMORY
+
+
+def test_token_that_a_library_quotes_is_in_no_report_and_no_log(
+    make_stage_config: MakeConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_from-environment")
+    monkeypatch.setenv("STAGETUNE_SECRETS_DIRECTORY", str(tmp_path))
+    (tmp_path / "dataset").mkdir()
+    (tmp_path / "dataset" / "token").write_text("ms-from-secret\n")
+    error = RuntimeError("401 for Bearer hf_from-environment, ms-from-secret")
+    report, _ = failed(make_stage_config(), error)
+    assert report.failure is not None
+    assert report.failure.message == "401 for Bearer [token], [token]"
+    assert "from-" not in report.model_dump_json()
+    record = logging.LogRecord("x", logging.INFO, "x", 1, "sent %s", ("hf_from-environment",), None)
+    assert RedactingFormatter("%(message)s").format(record) == "sent [token]"
 
 
 def test_failed_task_leaves_a_report_with_every_problem(

@@ -61,7 +61,7 @@ results = []
 for wanted in json.load(sys.stdin):
     source = Source(
         uri=wanted["uri"], path="spec.model.source", kind=SourceKind(wanted["kind"]),
-        revision=wanted.get("revision"),
+        revision=wanted.get("revision"), secret=wanted.get("secret"),
     )
     try:
         found = resolve_source(
@@ -323,6 +323,35 @@ def test_file_that_is_not_there_is_named_with_path_and_cure(tmp_path: Path) -> N
     assert message.startswith("spec.dataset.source: file://./x.jsonl: there is no ")
     assert str(tmp_path / "x.jsonl") in message
     assert "counts from the manifest's folder" in message
+
+
+def test_token_of_a_secret_is_sent_and_shown_to_nobody_else(
+    hugging_face: Hub, resolve: Resolve, tmp_path: Path
+) -> None:
+    """Each source has a Secret of its own; a token that is none is not quoted."""
+    hugging_face.private.add("org/model")
+    secrets = tmp_path / "secrets"
+    (secrets / "model").mkdir(parents=True)
+    (secrets / "dataset").mkdir()
+    (secrets / "model" / "token").write_text("an-old-token")
+    (secrets / "dataset" / "token").write_text("wrong-token-of-data\nwith a second line")
+    place = {"STAGETUNE_SECRETS_DIRECTORY": str(secrets)}
+    old, without, broken = resolve(
+        hugging_face,
+        _model("hf://org/model", secret="model"),
+        _model("hf://org/model"),
+        _rows("hf://org/rows", secret="dataset"),
+        **place,
+    )
+    assert "Bearer an-old-token" in hugging_face.tokens
+    assert "set spec.model.secretName if it is private" in old["message"]
+    assert "set HF_TOKEN if it is private" in without["message"]
+    assert "the token in the Secret is no token" in broken["message"]
+    assert not [text for text in ("an-old-token", "wrong") if text in f"{old}{without}{broken}"]
+    (secrets / "model" / "token").write_text(f"{TOKEN}\n")
+    (opened,) = resolve(hugging_face, _model("hf://org/model", secret="model"), **place)
+    assert set(opened["files"]) == WANTED
+    assert f"Bearer {TOKEN}" in hugging_face.tokens
 
 
 def test_s3_sources_are_refused(tmp_path: Path) -> None:

@@ -261,6 +261,8 @@ def test_damaged_parent_is_refused_by_name(
     assert report.failure is not None
     assert report.failure.failure_class is FailureClass.STORAGE_ERROR
     assert str(file) in report.failure.message
+    assert report.failure.artifact == str(file)
+    assert json.loads(report.termination_message())["failure"]["artifact"] == str(file)
 
 
 def test_chain_in_the_wrong_order_is_refused(run_stage: RunStage) -> None:
@@ -349,6 +351,35 @@ def test_any_split_into_micro_batches_gives_the_same_result_within_rounding(
     for result in results[1:]:
         for name, tensor in weights(result).items():
             torch.testing.assert_close(tensor, reference[name], rtol=1e-3, atol=2e-5)
+
+
+def test_stage_goes_on_with_smaller_micro_batches(
+    run_stage: RunStage, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As after running out of memory: the same rows, tokens and steps, within rounding."""
+    unbroken = succeeded(
+        run_stage(planned(0, 0, 3), run="unbroken", training={"microBatchSize": 4})
+    )
+    run_stage(planned(0, 0, 3), stop=AfterChecks(5), training={"microBatchSize": 4})
+    capsys.readouterr()
+    resumed = succeeded(run_stage(planned(0, 0, 3), attempt=2, training={"microBatchSize": 1}))
+    assert "going on from step 3" in capsys.readouterr().out
+    assert resumed.train is not None
+    assert unbroken.train is not None
+    assert (resumed.train.steps, resumed.train.tokens) == (8, unbroken.train.tokens)
+    for name, tensor in weights(resumed).items():
+        torch.testing.assert_close(tensor, weights(unbroken)[name], rtol=1e-3, atol=2e-5)
+    losses = [
+        [
+            json.loads(line)["loss"]
+            for line in (tmp_path / run / "stages" / "01-layers-0-3" / names.METRICS_FILE)
+            .read_text()
+            .splitlines()
+            if '"Step"' in line
+        ]
+        for run in ("run", "unbroken")
+    ]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
 
 
 def test_gradient_checkpointing_changes_nothing_but_memory(run_stage: RunStage) -> None:

@@ -4,6 +4,7 @@ Progress goes to standard output as JSON lines, everything else to standard erro
 """
 
 import argparse
+import contextlib
 import logging
 import os
 import signal
@@ -15,7 +16,12 @@ from pathlib import Path
 from types import FrameType
 
 from stagetune_api.names import TrainerExitCode
+from stagetune_api.report import Failure, FailureClass, Outcome, StageReport
 from stagetune_api.stage import StageConfig, Task
+from stagetune_trainer.environment import set_up_environment
+from stagetune_trainer.hub_tokens import redacted
+
+logger = logging.getLogger(__name__)
 
 _STARTED = time.monotonic()
 
@@ -50,11 +56,36 @@ class SignalledStop:
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         self.requested = True
         if self.raises:
+            # Once: a second exception would end what the first one is still putting in order.
+            self.raises = False
             raise KeyboardInterrupt("asked to stop")
+
+
+class RedactingFormatter(logging.Formatter):
+    """Keeps tokens out of the log, whatever a library says of its requests."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line of `record`."""
+        return redacted(super().format(record))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the task of one stage file and return the process's exit code."""
+    options = _parse(arguments)
+    _set_up_logging()
+    stop = SignalledStop()
+    stop.listen()
+    if options.stop_with_parent:
+        stop.watch_standard_input()
+    report, code = _run(options, stop)
+    if report.failure is not None:
+        logger.error("%s: %s", report.outcome, report.failure.message)
+    if options.termination_message is not None:
+        code = _write_termination_message(options.termination_message, report, code)
+    return int(code)
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="stagetune_trainer", description=__doc__)
     parser.add_argument("config", type=Path, help="StageConfig as a JSON file")
     parser.add_argument(
@@ -65,31 +96,109 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--termination-message", type=Path, help="where to write the report's short form"
     )
-    options = parser.parse_args(arguments)
-    logging.basicConfig(
-        level=logging.INFO,
-        stream=sys.stderr,
-        format="%(asctime)s %(levelname)s %(name)s %(message)s",
+    parser.add_argument(
+        "--metrics-port", type=_port, help="port of /metrics for Prometheus; none without it"
     )
-    stop = SignalledStop()
-    stop.listen()
-    if options.stop_with_parent:
-        stop.watch_standard_input()
-    config = StageConfig.model_validate_json(options.config.read_bytes())
+    return parser.parse_args(arguments)
 
-    stop.raises = config.task is not Task.TRAIN
 
+def _port(text: str) -> int:
+    port = int(text)
+    if not 0 < port < 1 << 16:
+        raise ValueError(f"{port} is no port")
+    return port
+
+
+def _set_up_logging() -> None:
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(RedactingFormatter("%(asctime)s %(levelname)s %(name)s %(message)s"))
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    # A line for each request, with addresses that are signed for whoever reads them.
+    for client in ("httpx", "httpx2"):
+        logging.getLogger(client).setLevel(logging.WARNING)
+
+
+def _run(options: argparse.Namespace, stop: SignalledStop) -> tuple[StageReport, TrainerExitCode]:
+    """Do what the stage file says; whatever happens, there is a report of it."""
+    config = None
     try:
+        config = StageConfig.model_validate_json(options.config.read_bytes())
+        set_up_environment(config.task)
+        stop.raises = config.task is not Task.TRAIN
+        if stop.raises and stop.requested:
+            raise KeyboardInterrupt
         # After the signal handlers: the imports take seconds, and a request must not be lost.
         from stagetune_trainer.run import run_task
+        from stagetune_trainer.start_clock import StartClock, seconds_since_process_start
+
+        age = seconds_since_process_start() or time.monotonic() - _STARTED
+        return run_task(config, stop, clock=StartClock(age), metrics_port=options.metrics_port)
     except KeyboardInterrupt:
-        return int(TrainerExitCode.INTERRUPTED)
-    report, code = run_task(config, stop, started=_STARTED)
-    if report.failure is not None:
-        logging.getLogger(__name__).error("%s: %s", report.outcome, report.failure.message)
-    if options.termination_message is not None:
-        options.termination_message.write_text(report.termination_message(), encoding="utf-8")
-    return int(code)
+        return _ended_early(
+            config,
+            FailureClass.DISRUPTED,
+            TrainerExitCode.INTERRUPTED,
+            "asked to stop before anything was begun",
+        )
+    except Exception as error:
+        # The stage file is ours, and so is the image: the run's author can mend neither.
+        logger.error("%s", options.config, exc_info=error)
+        return _ended_early(
+            config,
+            FailureClass.INTERNAL,
+            TrainerExitCode.INTERNAL,
+            f"{options.config}: {type(error).__name__}: {error}",
+        )
+    finally:
+        stop.raises = False
+
+
+def _ended_early(
+    config: StageConfig | None, failure_class: FailureClass, code: TrainerExitCode, message: str
+) -> tuple[StageReport, TrainerExitCode]:
+    """Return the report of a process that did not come to its task."""
+    interrupted = failure_class is FailureClass.DISRUPTED
+    failure = Failure(failure_class=failure_class, exit_code=int(code), message=message[:8192])
+    name = "unknown"
+    if config is not None:
+        name = config.stage.name if config.stage else config.task.value.lower()
+    report = StageReport(
+        task=config.task if config else None,
+        name=name,
+        attempt=config.attempt if config else 0,
+        outcome=Outcome.INTERRUPTED if interrupted else Outcome.FAILED,
+        failure=failure,
+    )
+    return report, code
+
+
+def _write_termination_message(
+    path: Path, report: StageReport, code: TrainerExitCode
+) -> TrainerExitCode:
+    """Leave the report's short form for whoever started the container, and return the exit code.
+
+    The file is mounted, so it cannot be replaced by a rename: it is written at once, and then cut
+    to its length. One that cannot be written leaves the exit code to speak.
+    """
+    try:
+        text = report.termination_message()
+    except ValueError as error:
+        report, code = _ended_early(
+            None, FailureClass.INTERNAL, TrainerExitCode.INTERNAL, str(error)
+        )
+        text = report.termination_message()
+    data = text.encode()
+    try:
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT, 0o644)
+        try:
+            length = os.write(descriptor, data)
+            with contextlib.suppress(OSError):  # a pipe has no length
+                os.ftruncate(descriptor, length)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        logger.error("the termination message is not written: %s", error)
+    return code
 
 
 if __name__ == "__main__":

@@ -113,24 +113,45 @@ class Fence:
     Files are only ever added, so no two attempts can race on one.
     """
 
-    def __init__(self, directory: Path, attempt: int) -> None:
-        """Claim `attempt` in `directory`; raises FencedError where a newer one has been there."""
+    def __init__(self, directory: Path, attempt: int = 0) -> None:
+        """Claim `attempt` in `directory`, or at 0 the next number that is free.
+
+        Raises FencedError where a number that was given is taken, or a newer one is.
+        """
         self._directory = directory
-        self._attempt = attempt
         directory.mkdir(parents=True, exist_ok=True)
-        self.check()
-        try:
-            (directory / f"{attempt:06d}").touch(exist_ok=False)
-        except FileExistsError:
-            raise FencedError(f"attempt {attempt} has been started already") from None
+        self.attempt = self._claim_next() if attempt == 0 else self._claim(attempt)
         sync_directory(directory)
 
     def check(self) -> None:
         """Raise FencedError if a newer attempt has started."""
+        self._refuse_if_older(self.attempt)
+
+    def _claim(self, attempt: int) -> int:
+        self._refuse_if_older(attempt)
+        if not self._take(attempt):
+            raise FencedError(f"attempt {attempt} has been started already")
+        return attempt
+
+    def _claim_next(self) -> int:
+        while True:
+            # Whoever takes a number first has it; the loser sees it and asks for the one after.
+            attempt = names.newest_attempt(self._directory) + 1
+            if self._take(attempt):
+                return attempt
+
+    def _take(self, attempt: int) -> bool:
+        try:
+            (self._directory / f"{attempt:06d}").touch(exist_ok=False)
+        except FileExistsError:
+            return False
+        return True
+
+    def _refuse_if_older(self, attempt: int) -> None:
         newest = names.newest_attempt(self._directory)
-        if newest > self._attempt:
+        if newest > attempt:
             raise FencedError(
-                f"attempt {newest} has started, so attempt {self._attempt} may not publish any more"
+                f"attempt {newest} has started, so attempt {attempt} may not publish any more"
             )
 
 

@@ -13,7 +13,7 @@ from transformers import AutoTokenizer
 from stagetune_api import names
 from stagetune_api.artifact import ArtifactContent, ArtifactKind, verify_artifact
 from stagetune_api.report import CheckpointRef, Outcome, StageReport
-from stagetune_api.spec import ExportFormat
+from stagetune_api.spec import ExportFormat, RetainPolicy
 from stagetune_api.stage import StageConfig, Task
 from stagetune_trainer.assemble import assemble
 from stagetune_trainer.checkpoint import Fence, provenance_of, publish_directory, remove_drafts
@@ -21,6 +21,7 @@ from stagetune_trainer.methods.lora import LoraMethod
 from stagetune_trainer.metrics import ProgressLog, peak_memory_bytes
 from stagetune_trainer.model import load_chain
 from stagetune_trainer.model_card import write_model_card
+from stagetune_trainer.retention import remove_intermediates
 
 _PEFT_PREFIX = "base_model.model."
 
@@ -28,9 +29,12 @@ _PEFT_PREFIX = "base_model.model."
 def export(config: StageConfig, log: ProgressLog, fence: Fence) -> StageReport:
     """Write the finished run as a Hugging Face folder, or as a PEFT adapter folder.
 
-    Raises ArtifactError where a stage's output is damaged; nothing is exported then.
+    Raises ArtifactError where a stage's output is damaged; nothing is exported then. Needs neither
+    checkpoints nor tokenised rows: with `retain: Result` those go when the result is there.
     """
     layout = names.RunLayout(Path(config.run_directory))
+    # Otherwise the drafts of a newer attempt would be removed.
+    fence.check()
     remove_drafts(layout.root)
     log.message(f"writing {layout.export}")
     write = _write_adapter if config.export.format is ExportFormat.ADAPTER else _write_merged
@@ -56,6 +60,10 @@ def export(config: StageConfig, log: ProgressLog, fence: Fence) -> StageReport:
         before_rename=fence.check,
     )
     log.message(f"published {layout.export} with digest {manifest.digest[:12]}")
+    if config.retain is RetainPolicy.RESULT:
+        verify_artifact(layout.export, digest=manifest.digest, kind=ArtifactKind.EXPORT)
+        fence.check()
+        remove_intermediates(layout, log)
     return StageReport(
         task=Task.EXPORT,
         name="export",

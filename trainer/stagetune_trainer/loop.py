@@ -110,6 +110,7 @@ def train(loop: StageLoop, state: TrainingState) -> None:
             grad_norm=grad_norm,
             tokens=progress.tokens,
             tokens_per_second=tokens / seconds,
+            step_seconds=seconds,
             eta_seconds=progress.train_seconds / progress.step * (stage.steps - progress.step),
             peak_memory_bytes=peak_memory_bytes(loop.numerics.device),
         )

@@ -1,9 +1,10 @@
-"""What a process says while it works: JSON lines on standard output and in `metrics.jsonl`."""
+"""What a process says while it works, and who is told: each line goes to every sink."""
 
 import contextlib
 import os
 import resource
 import sys
+from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -13,64 +14,121 @@ from pydantic import ValidationError
 
 from stagetune_api.files import write_file_atomically
 from stagetune_api.progress import Progress, ProgressKind
+from stagetune_api.report import StageReport
 from stagetune_api.stage import Task
 
 _BYTES_PER_MAXRSS = 1024  # Linux reports ru_maxrss in KiB
 
 
-class ProgressLog:
-    """Writes progress lines of one task; messages go to standard output alone."""
+class ProgressSink:
+    """Somebody who is told every line of progress; this one does nothing with it.
 
-    def __init__(self, *, task: Task, name: str, attempt: int, history: Path | None = None) -> None:
-        """`history` is the file that steps, validations and checkpoints are appended to."""
-        self._task = task
-        self._name = name
-        self._attempt = attempt
-        self._history = history
+    A sink that is there for onlookers must not raise: it would end the task.
+    """
 
-    def message(self, text: str) -> None:
-        """Say what is going on, in words."""
-        _print(self._line(ProgressKind.MESSAGE, message=text))
-
-    def write(self, kind: ProgressKind, **values: Any) -> None:
-        """Write a line of numbers; `values` are fields of `Progress`."""
-        line = self._line(kind, **values)
-        if self._history is not None:
-            with self._history.open("a", encoding="utf-8") as file:
-                file.write(line + "\n")
-        _print(line)
+    def write(self, progress: Progress) -> None:
+        """Take over a line."""
 
     def forget_after(self, step: int) -> None:
         """Drop lines beyond `step`, which a killed attempt wrote and this one will write again."""
-        if self._history is None or not self._history.exists():
+
+    def close(self, report: StageReport) -> None:
+        """Take notice of how the task ended; nothing follows."""
+
+
+class StandardOutput(ProgressSink):
+    """Prints each line as JSON, for whoever started the process."""
+
+    def write(self, progress: Progress) -> None:
+        """Print a line, if anybody still reads: a gone reader must not keep a stage from saving."""
+        try:
+            sys.stdout.write(_json_of(progress))
+            sys.stdout.flush()
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+class HistoryFile(ProgressSink):
+    """The file `metrics.jsonl` of a stage: each step, validation and checkpoint once."""
+
+    def __init__(self, path: Path, *, before_write: Callable[[], None]) -> None:
+        """`before_write` may raise to forbid a line: two attempts must not mix theirs."""
+        self._path = path
+        self._before_write = before_write
+
+    def write(self, progress: Progress) -> None:
+        """Append a line of numbers; raises OSError as the file system does."""
+        if progress.kind is ProgressKind.MESSAGE:
+            return
+        self._before_write()
+        with self._path.open("a", encoding="utf-8") as file:
+            file.write(_json_of(progress))
+
+    def forget_after(self, step: int) -> None:
+        """Drop lines beyond `step`."""
+        self._before_write()
+        if not self._path.exists():
             return
         kept = []
-        for line in self._history.read_text(encoding="utf-8", errors="replace").splitlines():
+        for line in self._path.read_text(encoding="utf-8", errors="replace").splitlines():
             # The last line of a killed process may be cut off anywhere.
             with contextlib.suppress(ValidationError):
                 if (Progress.model_validate_json(line).step or 0) <= step:
                     kept.append(line + "\n")
-        write_file_atomically(self._history, "".join(kept))
+        write_file_atomically(self._path, "".join(kept))
 
-    def _line(self, kind: ProgressKind, **values: Any) -> str:
+
+class ProgressLog:
+    """Makes the progress lines of one attempt at a task and hands each to every sink, in order."""
+
+    def __init__(
+        self,
+        *,
+        task: Task,
+        name: str,
+        attempt: int,
+        sinks: Sequence[ProgressSink] = (StandardOutput(),),
+    ) -> None:
+        self._task = task
+        self._name = name
+        self._attempt = attempt
+        self._sinks = tuple(sinks)
+
+    def message(self, text: str, **values: Any) -> None:
+        """Say what is going on, in words; `values` are fields of `Progress`."""
+        self.write(ProgressKind.MESSAGE, message=text, **values)
+
+    def write(self, kind: ProgressKind, **values: Any) -> None:
+        """Write a line of numbers; `values` are fields of `Progress`."""
         progress = Progress(
             kind=kind,
             task=self._task,
             name=self._name,
             attempt=self._attempt,
-            time=datetime.now(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z"),
+            time=rfc3339(datetime.now(UTC)),
             **values,
         )
-        return progress.model_dump_json(exclude_none=True)
+        for sink in self._sinks:
+            sink.write(progress)
+
+    def forget_after(self, step: int) -> None:
+        """Drop lines beyond `step`, which a killed attempt wrote and this one will write again."""
+        for sink in self._sinks:
+            sink.forget_after(step)
+
+    def close(self, report: StageReport) -> None:
+        """Tell every sink how the task ended."""
+        for sink in self._sinks:
+            sink.close(report)
 
 
-def _print(line: str) -> None:
-    """Print a line, if anybody still reads: a gone reader must not keep a stage from saving."""
-    try:
-        sys.stdout.write(line + "\n")
-        sys.stdout.flush()
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+def rfc3339(time: datetime) -> str:
+    """Return a time in UTC as RFC 3339 with milliseconds."""
+    return time.isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def _json_of(progress: Progress) -> str:
+    return progress.model_dump_json(exclude_none=True) + "\n"
 
 
 def peak_memory_bytes(device: torch.device) -> int:

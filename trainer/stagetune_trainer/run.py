@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import logging
+import os
 import time
 import traceback
 from pathlib import Path
@@ -17,8 +18,11 @@ from stagetune_api.report import Failure, FailureClass, Outcome, StageReport
 from stagetune_api.stage import StageConfig, Task
 from stagetune_trainer.checkpoint import Fence
 from stagetune_trainer.errors import DivergedError, FencedError, InterruptedRunError, UserError
+from stagetune_trainer.hub_tokens import redacted
 from stagetune_trainer.loop import StopRequest
-from stagetune_trainer.metrics import ProgressLog
+from stagetune_trainer.metrics import HistoryFile, ProgressLog, ProgressSink, StandardOutput
+from stagetune_trainer.progress_post import ProgressPoster, ProgressServer
+from stagetune_trainer.start_clock import StartClock
 
 logger = logging.getLogger(__name__)
 
@@ -41,38 +45,103 @@ def task_name(config: StageConfig) -> str:
 
 
 def run_task(
-    config: StageConfig, stop: StopRequest, *, started: float | None = None
+    config: StageConfig,
+    stop: StopRequest,
+    *,
+    clock: StartClock | None = None,
+    metrics_port: int | None = None,
 ) -> tuple[StageReport, TrainerExitCode]:
     """Do the task, write its report beside its records, and return it with the exit code.
 
-    `started` is the monotonic time at which the process began. Never raises for what can go wrong
-    in a task: each failure has a class, and the class a code.
+    A file without an attempt gets the next free number first, and everything after goes by that.
+    Never raises for what can go wrong in a task: each failure has a class, and the class a code.
     """
-    started = time.monotonic() if started is None else started
+    clock = clock or StartClock()
     layout = task_layout(config)
-    history = layout.metrics if config.task is Task.TRAIN else None
-    log = ProgressLog(
-        task=config.task, name=task_name(config), attempt=config.attempt, history=history
-    )
     try:
         layout.root.mkdir(parents=True, exist_ok=True)
         fence = Fence(layout.fence, config.attempt)
-        report, code = _do(config, log, stop, fence, started), TrainerExitCode.SUCCEEDED
-        report = report.model_copy(update={"seconds": report.seconds + time.monotonic() - started})
-        write_file_atomically(layout.report, report.model_dump_json(indent=2))
     except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - the border of the process
-        if names.newest_attempt(layout.fence) > config.attempt:
-            error = FencedError(f"attempt {config.attempt} is over: {error}")
-        report, code = _failed(config, error)
-        # A fenced attempt says nothing: the report belongs to the newer one.
-        if code is not TrainerExitCode.FENCED:
-            with contextlib.suppress(OSError):
-                write_file_atomically(layout.report, report.model_dump_json(indent=2))
+        report, code = failed(config, error)
+        if config.attempt > 0 and code is not TrainerExitCode.FENCED:
+            _write_report(layout, report)
+        return report, code
+    config = config.model_copy(update={"attempt": fence.attempt})
+    log = _progress_log(config, layout, fence, clock, metrics_port)
+    report, code = _attempt(config, log, stop, fence, clock)
+    # Asked to stop while the last post goes out: the task has ended all the same.
+    with contextlib.suppress(KeyboardInterrupt):
+        log.close(report)
     return report, code
 
 
+def _progress_log(
+    config: StageConfig,
+    layout: names.StageLayout,
+    fence: Fence,
+    clock: StartClock,
+    metrics_port: int | None,
+) -> ProgressLog:
+    """Return the log of a claimed attempt, with everybody who wants to be told."""
+    sinks: list[ProgressSink] = [StandardOutput(), clock]
+    if config.task is Task.TRAIN:
+        sinks.insert(0, HistoryFile(layout.metrics, before_write=fence.check))
+    server = ProgressServer.from_environment(os.environ)
+    if server is not None:
+        sinks.append(ProgressPoster(config, server))
+    if metrics_port is not None:
+        # Imported only where somebody asks for it: local runs do without.
+        from stagetune_trainer.prometheus import PrometheusMetrics
+
+        namespace = os.environ.get("POD_NAMESPACE", "")
+        sinks.append(
+            PrometheusMetrics(config, task_name(config), port=metrics_port, namespace=namespace)
+        )
+    return ProgressLog(
+        task=config.task, name=task_name(config), attempt=config.attempt, sinks=sinks
+    )
+
+
+def _attempt(
+    config: StageConfig, log: ProgressLog, stop: StopRequest, fence: Fence, clock: StartClock
+) -> tuple[StageReport, TrainerExitCode]:
+    """Do the task under a claimed number, and leave its report unless a newer one has begun."""
+    layout = task_layout(config)
+    try:
+        report = _do(config, log, stop, fence, clock)
+        seconds = report.seconds + time.monotonic() - clock.started
+        report = report.model_copy(update={"seconds": seconds, "timings": clock.timings()})
+        # The report belongs to the newest attempt, like everything else that is published.
+        fence.check()
+        write_file_atomically(layout.report, report.model_dump_json(indent=2))
+    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - the border of the process
+        report, code = failed(config, _fenced_or(error, fence))
+        report = report.model_copy(update={"timings": clock.timings()})
+        if code is not TrainerExitCode.FENCED:
+            _write_report(layout, report)
+        return report, code
+    return report, TrainerExitCode.SUCCEEDED
+
+
+def _fenced_or(error: BaseException, fence: Fence) -> BaseException:
+    """Return `error`, unless a newer attempt explains it: that one may have removed our drafts."""
+    try:
+        fence.check()
+    except FencedError:
+        return FencedError(f"attempt {fence.attempt} is over: {error}")
+    except OSError:
+        # The volume is away; that is what `error` says.
+        return error
+    return error
+
+
+def _write_report(layout: names.StageLayout, report: StageReport) -> None:
+    with contextlib.suppress(OSError):
+        write_file_atomically(layout.report, report.model_dump_json(indent=2))
+
+
 def _do(
-    config: StageConfig, log: ProgressLog, stop: StopRequest, fence: Fence, started: float
+    config: StageConfig, log: ProgressLog, stop: StopRequest, fence: Fence, clock: StartClock
 ) -> StageReport:
     """Do the task; each one's modules are imported only where they are needed."""
     torch.use_deterministic_algorithms(True, warn_only=True)
@@ -82,22 +151,30 @@ def _do(
         case Task.PREPARE:
             from stagetune_trainer.data.prepare import prepare_task
 
+            clock.imported()
             return prepare_task(config, log, fence)
         case Task.TRAIN:
             from stagetune_trainer.train import train_stage
 
-            return train_stage(config, log, stop, fence, started)
+            clock.imported()
+            return train_stage(config, log, stop, fence, clock)
         case Task.EVALUATE:
             from stagetune_trainer.evaluate import evaluate
 
+            clock.imported()
             return evaluate(config, log)
         case Task.EXPORT:
             from stagetune_trainer.export import export
 
+            clock.imported()
             return export(config, log, fence)
 
 
-def _failed(config: StageConfig, error: BaseException) -> tuple[StageReport, TrainerExitCode]:
+def failed(config: StageConfig, error: BaseException) -> tuple[StageReport, TrainerExitCode]:
+    """Return the report of a task that `error` ended, and the exit code; logs what nobody expects.
+
+    No token is in it, whatever a library put into its error's text.
+    """
     failure_class, code = classify(error)
     expected = isinstance(
         error,
@@ -105,9 +182,10 @@ def _failed(config: StageConfig, error: BaseException) -> tuple[StageReport, Tra
     )
     if not expected:
         logger.error("%s failed", config.task, exc_info=error)
-    tail = "" if expected else "".join(traceback.format_exception(error))[-4000:]
+    tail = "" if expected else redacted("".join(traceback.format_exception(error)))[-4000:]
     interrupted = code is TrainerExitCode.INTERRUPTED
-    message = str(error) or type(error).__name__
+    message = redacted(str(error) or type(error).__name__)
+    artifact = str(error.path)[:4096] if isinstance(error, ArtifactError) else None
     report = StageReport(
         task=config.task,
         name=task_name(config),
@@ -118,6 +196,7 @@ def _failed(config: StageConfig, error: BaseException) -> tuple[StageReport, Tra
             exit_code=int(code),
             message=message[:8192],
             log_tail=tail,
+            artifact=artifact,
         ),
     )
     return report, code

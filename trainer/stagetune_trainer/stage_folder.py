@@ -41,12 +41,16 @@ _STATE_FORMAT = 1
 def settings_digest(config: StageConfig) -> str:
     """Return the digest of all that decides a stage's numbers.
 
-    Estimates and how often to save are left out: they change no bit of the result.
+    Estimates and how often to save are left out: they change no bit of the result. So is the size
+    of a micro-batch: every split of a batch gives the same gradient within rounding, and a stage
+    that ran out of memory goes on from its checkpoint with a smaller one.
     """
     stage = config.stage
     if stage is None:
         raise ValueError("only a Train task has settings")
-    training = config.training.model_dump(mode="json", exclude={"checkpoint_interval_seconds"})
+    training = config.training.model_dump(
+        mode="json", exclude={"checkpoint_interval_seconds", "micro_batch_size"}
+    )
     return digest_of_json(
         {
             "method": config.method.model_dump(mode="json"),
@@ -81,6 +85,8 @@ class StageFolder:
         self.layout = run.stage(self.stage.directory)
         self._settings = settings_digest(self.config)
         self.layout.checkpoints.mkdir(parents=True, exist_ok=True)
+        # Otherwise the drafts of a newer attempt would be removed.
+        self.fence.check()
         remove_drafts(self.layout.root)
         remove_drafts(self.layout.checkpoints)
 
@@ -95,7 +101,16 @@ class StageFolder:
             state.load(found[0])
             self._saved_step = state.loop.step
             self.earlier_seconds = state.loop.elapsed_seconds
-            self.log.message(f"going on from step {state.loop.step} ({found[0]})")
+            path, manifest = found
+            step = state.loop.step
+            self.log.message(
+                f"going on from step {step} ({path})",
+                step=step,
+                total_steps=self.stage.steps,
+                tokens=state.loop.tokens,
+                validation_loss=state.loop.validation_loss,
+                checkpoint=CheckpointRef(path=str(path), digest=manifest.digest, step=step),
+            )
         self.log.forget_after(state.loop.step)
 
     def save(self, state: TrainingState, random_state: RandomState) -> None:

@@ -18,11 +18,12 @@ from stagetune_trainer.methods.lora import keep_earlier_adapters_still
 from stagetune_trainer.metrics import ProgressLog, peak_memory_bytes
 from stagetune_trainer.model import Numerics, apply_chain, choose_numerics, load_base, load_chain
 from stagetune_trainer.stage_folder import StageFolder
+from stagetune_trainer.start_clock import StartClock
 from stagetune_trainer.training_state import TrainingState
 
 
 def train_stage(
-    config: StageConfig, log: ProgressLog, stop: StopRequest, fence: Fence, started: float
+    config: StageConfig, log: ProgressLog, stop: StopRequest, fence: Fence, clock: StartClock
 ) -> StageReport:
     """Train the stage that `config` names and publish its output.
 
@@ -32,7 +33,7 @@ def train_stage(
     stage = config.stage
     if stage is None:
         raise ValueError("a Train task needs a stage")
-    folder = StageFolder(config=config, stage=stage, fence=fence, log=log, started=started)
+    folder = StageFolder(config=config, stage=stage, fence=fence, log=log, started=clock.started)
     numerics = choose_numerics(config.training.precision)
     method = make_method(config.method)
     log.message(f"loading {config.model_directory} and {len(config.chain)} finished stage(s)")
@@ -51,6 +52,7 @@ def train_stage(
         stop=stop,
         log=log,
     )
+    clock.loaded()
     train(loop, state)
     trained = {name: value.detach().cpu() for name, value in state.parameters.items()}
     manifest = folder.publish_output(method.output(decoder, trained), state.loop.step)

@@ -43,6 +43,8 @@ from stagetune_trainer.sources import Source, SourceKind, resolve_source
 
 DOWNLOADS_DIRECTORY = "downloads"
 """Cache of hub downloads below the models directory."""
+_MODEL_SECRET, _DATASET_SECRET = "model", "dataset"
+"""Folders of the mounted Secrets with tokens."""
 _TOKENISER_VERSION = 1
 """Raised when equal inputs would give other tokens, so that an old result is not used again."""
 
@@ -53,6 +55,8 @@ def prepare_task(config: StageConfig, log: ProgressLog, fence: Fence) -> StageRe
     Raises UserError with the manifest's paths, FencedError, OSError as the file system does.
     """
     layout = names.RunLayout(Path(config.run_directory))
+    # Otherwise the drafts of a newer attempt would be removed.
+    fence.check()
     remove_drafts(layout.prepare)
     facts = prepare(config, say=log.message, before_publish=fence.check)
     data_directory = layout.data
@@ -118,6 +122,7 @@ def _prepare_model(config: StageConfig) -> BaseModel:
         path="spec.model.source",
         kind=SourceKind.MODEL,
         revision=config.model.revision,
+        secret=_MODEL_SECRET,
     )
     return prepare_base_model(
         config.model,
@@ -132,6 +137,7 @@ def _resolve(config: StageConfig, source: Source) -> Path:
         source,
         manifest_directory=Path(config.manifest_directory),
         cache_directory=Path(config.models_directory) / DOWNLOADS_DIRECTORY,
+        claims_directory=Path(config.claims_directory) if config.claims_directory else None,
     )
 
 
@@ -139,7 +145,11 @@ def _fetch_inputs(config: StageConfig) -> DataInputs:
     """Bring all data to this machine; raises UserError for what cannot be had."""
     spec = config.dataset
     dataset = Source(
-        uri=spec.source, path="spec.dataset.source", kind=SourceKind.ROWS, revision=spec.revision
+        uri=spec.source,
+        path="spec.dataset.source",
+        kind=SourceKind.ROWS,
+        revision=spec.revision,
+        secret=_DATASET_SECRET,
     )
     validation = None
     if spec.validation.source is not None:
@@ -147,6 +157,9 @@ def _fetch_inputs(config: StageConfig) -> DataInputs:
             uri=spec.validation.source,
             path="spec.dataset.validation.source",
             kind=SourceKind.ROWS,
+            secret=_DATASET_SECRET
+            if _is_on_same_hub(spec.source, spec.validation.source)
+            else None,
         )
         validation = _row_files(config, source, VALIDATION_WORDS)
     general = None
@@ -163,6 +176,11 @@ def _fetch_inputs(config: StageConfig) -> DataInputs:
         general=general,
         general_max_tokens=text.max_tokens if text is not None else 0,
     )
+
+
+def _is_on_same_hub(first: str, second: str) -> bool:
+    """Whether a token for one source may be shown where the other lies."""
+    return first.partition("://")[0] == second.partition("://")[0]
 
 
 def _row_files(config: StageConfig, source: Source, words: frozenset[str]) -> DataFiles:
