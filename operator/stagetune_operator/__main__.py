@@ -28,6 +28,8 @@ from stagetune_operator.sweep import Sweeper
 from stagetune_operator.token_reviews import TokenReviews
 from stagetune_operator.watches import HealthEndpoint, Watches
 
+LIST_PATIENCE_SECONDS = 20.0
+
 logger = logging.getLogger(__name__)
 
 
@@ -93,8 +95,9 @@ async def serve(settings: Settings) -> None:
         # Ended by kopf's cleanup, before it takes everything that still runs for stuck.
         services = await stack.enter_async_context(contextlib.AsyncExitStack())
         health = HealthEndpoint(watches, cluster.is_reachable)
-        queue.start()
         services.push_async_callback(queue.stop)
+        starting = asyncio.create_task(_start_queue(queue, watches), name="start of the queue")
+        services.callback(starting.cancel)
         for app, port in (
             (endpoint.application(), settings.port_progress),
             (metrics.application(), settings.port_metrics),
@@ -116,6 +119,16 @@ async def serve(settings: Settings) -> None:
         )
         await watch(registry, settings.namespaces)
     logger.info("ended")
+
+
+async def _start_queue(queue: RunQueue, watches: Watches) -> None:
+    """Begin with the runs once all that there is has been listed.
+
+    Before that a run's Jobs are not known of, and each run would be looked at once for every object
+    of it, with calls to the server to find that nothing is missing.
+    """
+    await watches.opened(LIST_PATIENCE_SECONDS)
+    queue.start()
 
 
 def _watched_paths(settings: Settings) -> list[str]:

@@ -16,7 +16,7 @@ from stagetune_operator.failures import (
     decide_remedy,
     read_failure,
 )
-from stagetune_operator.manifests import JobOrder, build_job
+from stagetune_operator.manifests import JobOrder, build_job, job_name
 from stagetune_operator.records import progress_values, trained_values
 from stagetune_operator.replan import changed_inputs, num_gpus
 from stagetune_operator.run_pass import Create, DeleteJob, RunPass
@@ -24,6 +24,8 @@ from stagetune_operator.stage_files import Step, run_layout
 from stagetune_operator.views import JobPhase, JobView, PodView, seconds_between
 from stagetune_operator.waiting import describe_wait, has_image_problem
 
+_MIN_GONE = 3
+"""So often a Job may vanish also where nothing is to be tried again: it is no failure of a task."""
 _AT_WORK = {
     Task.PREPARE: (RunState.PREPARING, ConditionReason.PREPARING),
     Task.TRAIN: (RunState.TRAINING, ConditionReason.TRAINING),
@@ -45,7 +47,7 @@ def advance(run: RunPass, step: Step) -> Standing | None:
     if job is None:
         if record.state is StageState.SUCCEEDED:
             return None
-        return _start(run, step)
+        return _gone_too_often(run, step) or _start(run, step)
     disruptions = sum(pod.was_disrupted for pod in run.objects.pods if pod.task == step.key)
     if disruptions > record.disruptions:
         run.set(step, disruptions=disruptions)
@@ -58,8 +60,39 @@ def advance(run: RunPass, step: Step) -> Standing | None:
             return _follow(run, step, job)
         case JobPhase.SUCCEEDED:
             return _take_over(run, step, job)
+        case JobPhase.FAILED if _result_of(run, step, job) is not None:
+            # Another container of the pod failed, or somebody ended the Job; the work is done.
+            return _take_over(run, step, job)
+        case JobPhase.FAILED if record.state is StageState.INTERRUPTED:
+            # It did not leave in time after a suspension. However it ended, that was asked for.
+            return _start(run, step)
         case JobPhase.FAILED:
             return _fail(run, step, job, read_failure(job, run.objects.pods_of(job)))
+
+
+def _gone_too_often(run: RunPass, step: Step) -> Standing | None:
+    """End a run whose Jobs vanish, whoever deletes them; None while it may go on."""
+    record = run.record_of(step)
+    num_gone = record.attempts - record.attempts_before
+    if run.spec.suspend and num_gone:
+        # By the suspension, though the note of it was lost.
+        run.set(step, state=StageState.INTERRUPTED)
+        return None
+    may_go_on = num_gone <= max(_max_retries(run), _MIN_GONE)
+    if may_go_on or record.state is StageState.INTERRUPTED:
+        return None
+    name = job_name(run.owner.name, step.key, record.attempts)
+    failure = Failure(
+        failure_class=FailureClass.DISRUPTED,
+        exit_code=-1,
+        message=f"{name} is gone and was not deleted by this operator (attempt {num_gone} of "
+        f"{num_gone}); find out what deletes the run's Jobs, then raise spec.retry.number",
+    )
+    return run.give_up(step, failure)
+
+
+def _max_retries(run: RunPass) -> int:
+    return run.spec.runtime.max_retries if run.spec.runtime else 3
 
 
 def _start(run: RunPass, step: Step) -> Standing:
@@ -108,20 +141,35 @@ def _last_node(run: RunPass) -> str | None:
 
 def _follow(run: RunPass, step: Step, job: JobView) -> Standing:
     """Show how an unfinished Job stands; end it where the run is suspended."""
-    pods = run.objects.pods_of(job)
     if run.spec.suspend:
         return _suspend(run, step, job)
     if job.is_deleting:
         # By somebody else's hand; what comes next is decided when it is gone.
         return at_work(step, f"{job.name} is being deleted")
+    pods = run.objects.pods_of(job)
     pod = next((pod for pod in reversed(pods) if pod.phase in ("Pending", "Running")), None)
-    if pod is None or pod.started is None:
+    if pod is None and pods and not (pods[-1].was_disrupted or job.is_suspended):
+        # Its Job takes note within a second or two.
+        return at_work(step)
+    if pod is None or pod.started is None or job.is_suspended:
         run.set(step, state=StageState.QUEUED)
         return _wait(run, step, job, pod)
     run.set(step, state=StageState.RUNNING)
     if step.task is Task.TRAIN:
         _show_progress(run, step, job, pod)
-    return at_work(step)
+    return at_work(step, _describe_end(step, pod))
+
+
+def _describe_end(step: Step, pod: PodView) -> str:
+    """Return what keeps a pod that is about to end; empty for one that works."""
+    if pod.finished is not None:
+        return f"{step.title} is done; other containers keep {pod.name} from ending"
+    if pod.is_deleting or pod.is_disrupted:
+        return (
+            f"{step.title}: {pod.name} has to leave the node {pod.node} and saves; where that node "
+            "is lost, another pod follows once Kubernetes gives this one up"
+        )
+    return ""
 
 
 def _show_progress(run: RunPass, step: Step, job: JobView, pod: PodView) -> None:
@@ -134,9 +182,8 @@ def _show_progress(run: RunPass, step: Step, job: JobView, pod: PodView) -> None
 
 def _wait(run: RunPass, step: Step, job: JobView, pod: PodView | None) -> Standing:
     """Return why a Job's pod does not run yet; an image is not waited for without end."""
-    queue_name = run.spec.runtime.queue_name if run.spec.runtime else None
-    standing = describe_wait(step.title, job, pod, queue_name)
-    if pod is None or not has_image_problem(pod):
+    standing = describe_wait(step.title, job, pod)
+    if pod is None or job.is_suspended or not has_image_problem(pod):
         return standing
     patience = run.circumstances.settings.image_patience_seconds
     waited = run.circumstances.age(f"image/{pod.uid}")
@@ -145,6 +192,14 @@ def _wait(run: RunPass, step: Step, job: JobView, pod: PodView | None) -> Standi
         return standing
     run.act(DeleteJob(name=job.name, uid=job.uid))
     return run.give_up(step, _image_failure(standing.message))
+
+
+def suspend_all(run: RunPass) -> None:
+    """End what is at work where the run is suspended, though it cannot go on for another reason."""
+    for step in run.steps if run.spec.suspend else ():
+        job = run.objects.newest_job(step.key, after_attempt=run.record_of(step).attempts_before)
+        if job is not None and job.phase is JobPhase.ACTIVE:
+            _suspend(run, step, job)
 
 
 def _suspend(run: RunPass, step: Step, job: JobView) -> Standing:
@@ -157,8 +212,8 @@ def _suspend(run: RunPass, step: Step, job: JobView) -> Standing:
 
 def _take_over(run: RunPass, step: Step, job: JobView) -> Standing | None:
     """Take over what a finished Job reports; None if it is all there."""
-    report = report_of(run, job)
-    if report is None or not _has_result(report, step.task):
+    report = _result_of(run, step, job)
+    if report is None:
         failure = Failure(
             failure_class=FailureClass.INTERNAL,
             exit_code=0,
@@ -199,7 +254,9 @@ def _take_over_stage(run: RunPass, step: Step, job: JobView, report: StageReport
 def _begin_again_after(run: RunPass, step: Step) -> None:
     steps = run.steps
     for follower in steps[steps.index(step) + 1 :]:
-        if run.record_of(follower).attempts:
+        # One that failed on the old one goes on, and counts on, with the new one: else a stage
+        # with another result each time and one that never accepts it go round for ever.
+        if run.record_of(follower).state is StageState.SUCCEEDED:
             run.begin_again(follower)
 
 
@@ -220,7 +277,7 @@ def _fail(run: RunPass, step: Step, job: JobView, failure: Failure) -> Standing:
         failure,
         step,
         failures=job.attempt - record.attempts_before,
-        max_retries=run.spec.runtime.max_retries if run.spec.runtime else 3,
+        max_retries=_max_retries(run),
         delay_seconds=run.circumstances.settings.retry_delay_seconds,
         training=run.spec.training,
         micro_batch_size=micro_batch_size,
@@ -234,20 +291,20 @@ def _fail(run: RunPass, step: Step, job: JobView, failure: Failure) -> Standing:
             run.begin_again(earlier)
             return _start(run, earlier)
         case Retry(delay_seconds=delay, micro_batch_size=smaller):
+            run.set(step, state=StageState.QUEUED)
             if run.spec.suspend:
                 return run.suspended()
             waited = run.circumstances.age(f"failed/{job.uid}")
             if waited < delay:
                 run.look_again_seconds = delay - waited
-                run.set(step, state=StageState.QUEUED)
                 return Standing(
                     state=_AT_WORK[step.task][0],
                     reason=ConditionReason.RETRYING,
                     message=f"{step.title} is tried again: {failure.message}"[:4096],
                 )
-            run.set(step, state=StageState.PENDING)
             if smaller is not None:
-                run.set(step, micro_batch_size=smaller)
+                # There are few sizes to try, and that one was too large is no failure of the next.
+                run.set(step, micro_batch_size=smaller, attempts_before=job.attempt)
             return _start(run, step)
 
 
@@ -271,6 +328,12 @@ def report_of(run: RunPass, job: JobView) -> StageReport | None:
         if pod.exit_code == 0 and pod.report is not None:
             return pod.report
     return None
+
+
+def _result_of(run: RunPass, step: Step, job: JobView) -> StageReport | None:
+    """Return the report of a Job that did its task."""
+    report = report_of(run, job)
+    return report if report is not None and _has_result(report, step.task) else None
 
 
 def _has_result(report: StageReport, task: Task) -> bool:

@@ -114,7 +114,7 @@ def _milestones(
             yield type, TRUE, reason, message
         elif type is ConditionType.PLANNED and refused:
             yield type, FALSE, standing.reason, standing.message
-        elif standing.is_over and not standing.refusal:
+        elif standing.is_over and (not standing.refusal or status.completion_time is not None):
             yield type, FALSE, standing.reason, ""
         else:
             yield type, UNKNOWN, ConditionReason.PENDING, message if num_done else ""
@@ -148,5 +148,10 @@ def _columns(status: StagedFineTuneStatus, standing: Standing) -> dict[str, str]
     if stage.eta_seconds is not None and stage.state is StageState.RUNNING:
         columns["eta"] = format_duration(stage.eta_seconds)
     shown = stage if stage.loss is not None or current == 0 else stages[current - 1]
-    columns["loss"] = "" if shown.loss is None else f"{shown.loss:.4f}"
+    columns["loss"] = "" if shown.loss is None else _short(shown.loss)
     return columns
+
+
+def _short(loss: float) -> str:
+    """Return a loss as its column takes it; one that runs away has three hundred digits."""
+    return f"{loss:.4f}" if abs(loss) < 1e6 else f"{loss:.3e}"

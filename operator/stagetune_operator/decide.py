@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from stagetune_api.facts import Facts
-from stagetune_api.spec import StagedFineTune, StagedFineTuneSpec
+from stagetune_api.names import EXPORT_TASK
+from stagetune_api.spec import RetainPolicy, StagedFineTune, StagedFineTuneSpec
 from stagetune_api.status import (
     ConditionReason,
     ConditionType,
@@ -18,7 +19,7 @@ from stagetune_api.status import (
     StageState,
 )
 from stagetune_api.validation import Runner, check_runner, parse_manifest
-from stagetune_operator.attempts import advance, at_work, report_of
+from stagetune_operator.attempts import advance, at_work, report_of, suspend_all
 from stagetune_operator.conditions import Standing, with_standing
 from stagetune_operator.manifests import (
     Owner,
@@ -27,10 +28,16 @@ from stagetune_operator.manifests import (
     claim_name,
     config_digest,
 )
-from stagetune_operator.plan_record import digest_of_planned, plan_record_name
-from stagetune_operator.records import read_status, with_stages
+from stagetune_operator.plan_record import PlanRecord, digest_of_planned, plan_record_name
+from stagetune_operator.records import (
+    Record,
+    begun_again,
+    read_status,
+    records_in_order,
+    with_stages,
+)
 from stagetune_operator.replan import plan_run, refusal
-from stagetune_operator.run_pass import Action, Circumstances, Create, DeleteJob, RunPass
+from stagetune_operator.run_pass import Circumstances, Create, DeleteJob, Intent, RunPass
 from stagetune_operator.stage_files import PREPARE
 from stagetune_operator.views import JobPhase, RunObjects
 
@@ -41,9 +48,9 @@ class Decision:
 
     status: StagedFineTuneStatus
     """The status once all actions are done."""
-    fallback: StagedFineTuneStatus
-    """The status if one of them is refused: as far as the run came without them."""
-    actions: Sequence[Action] = ()
+    intents: Sequence[Intent] = ()
+    record: PlanRecord | None = None
+    """The plan that `status` follows."""
     look_again_seconds: float | None = None
     """When to decide again though nothing is heard; None: only then."""
 
@@ -58,12 +65,12 @@ def decide(objects: RunObjects, circumstances: Circumstances) -> Decision:
     )
     if isinstance(manifest, StagedFineTune) and not problems:
         return _decide_by(manifest.spec, objects, circumstances, status)
+    standing = refusal(problems)
     if status.completion_time is not None:
         # It is over, and stays what it became.
-        status = status.model_copy(update={"observed_generation": generation})
-        return Decision(status=status, fallback=status)
-    status = with_standing(status, refusal(problems), generation=generation, now=circumstances.now)
-    return Decision(status=status, fallback=status)
+        standing = _final_standing(status, standing.message)
+    status = with_standing(status, standing, generation=generation, now=circumstances.now)
+    return Decision(status=status)
 
 
 def _decide_by(
@@ -83,14 +90,15 @@ def _decide_by(
     )
     _begin(run)
     _obey_retry(run)
-    standing = _final_standing(run) if run.status.completion_time is not None else _walk(run)
+    is_over = run.status.completion_time is not None
+    standing = _final_standing(run.status, run.refusal) if is_over else _walk(run)
     decided = with_standing(
         run.status, standing, generation=metadata.get("generation", 0), now=circumstances.now
     )
     return Decision(
         status=decided,
-        fallback=run.fallback or decided,
-        actions=tuple(run.actions),
+        intents=tuple(run.intents),
+        record=run.record,
         look_again_seconds=run.look_again_seconds,
     )
 
@@ -110,6 +118,11 @@ def _begin(run: RunPass) -> None:
         if storage.claim_name is None:
             run.act(Create(manifest=build_claim(run.owner, storage)))
         run.update(claim_name=claim_name(run.owner, storage))
+    if run.record is not None and [stage.name for stage in run.stages] != [
+        stage.name for stage in run.status.stages
+    ]:
+        # Somebody's hand was in the status, or an older version could not read all of it.
+        run.status = with_stages(run.status, run.stages)
 
 
 def _obey_retry(run: RunPass) -> None:
@@ -118,36 +131,52 @@ def _obey_retry(run: RunPass) -> None:
     is_new = retry is not None and retry.number > run.status.retry_number
     if retry is None or not is_new or run.status.completion_time is None:
         return
-    steps = run.steps
+    # By what the status knows: the plan may be gone.
+    records = records_in_order(run.status)
     if retry.from_stage is not None:
-        keys = [step.title for step in steps]
-        if retry.from_stage not in keys:
+        known = [record.name for record in records]
+        if retry.from_stage not in known:
             run.refusal = (
                 f"spec.retry.fromStage: there is no stage {retry.from_stage!r}; choose one of "
-                f"{', '.join(keys)}"
+                f"{', '.join(known)}"
             )
             return
-        again = steps[keys.index(retry.from_stage) :]
+        again = records[known.index(retry.from_stage) :]
     else:
-        again = [s for s in steps if run.record_of(s).state is StageState.FAILED]
-    for step in again:
-        run.begin_again(step)
+        again = [record for record in records if record.state is StageState.FAILED]
+    if _lacks_rows_for(run, again):
+        again = [*(record for record in records if record.name == PREPARE.key), *again]
+    for record in again:
+        run.status = begun_again(run.status, record)
     run.update(retry_number=retry.number, completion_time=None, last_failure=None)
 
 
-def _final_standing(run: RunPass) -> Standing:
-    """Return the standing of a run that is over, whatever its spec says by now."""
+def _lacks_rows_for(run: RunPass, again: Sequence[Record]) -> bool:
+    """Whether the tokenised rows are gone that tasks to be done again read: with `retain: Result`
+    the export took them away, and prepare makes the same ones once more."""
+    storage = run.spec.storage
+    was_cleared = storage is not None and storage.retain is RetainPolicy.RESULT
+    has_exported = bool(run.status.export)
+    tasks = {record.name for record in again}
+    return was_cleared and has_exported and bool(tasks - {PREPARE.key, EXPORT_TASK})
+
+
+def _final_standing(status: StagedFineTuneStatus, problem: str) -> Standing:
+    """Return the standing of a run that is over, whatever its spec says by now.
+
+    `problem` is what is wrong with that spec.
+    """
     previous = next(
-        (item for item in run.status.conditions if item.type is ConditionType.FINISHED),
+        (item for item in status.conditions if item.type is ConditionType.FINISHED),
         None,
     )
-    succeeded = run.status.state is RunState.SUCCEEDED
+    succeeded = status.state is RunState.SUCCEEDED
     fallback = ConditionReason.COMPLETED if succeeded else ConditionReason.STAGE_FAILED
     return Standing(
-        state=run.status.state,
+        state=RunState.SUCCEEDED if succeeded else RunState.FAILED,
         reason=previous.reason if previous else fallback,
         message=previous.message if previous else "",
-        refusal=run.refusal,
+        refusal=problem,
         is_stalled=not succeeded,
     )
 
@@ -161,7 +190,12 @@ def _walk(run: RunPass) -> Standing:
         standing = advance(run, step)
         if standing is not None:
             return standing
-    run.update(completion_time=run.circumstances.now)
+    retry = run.spec.retry
+    run.update(
+        completion_time=run.circumstances.now,
+        # An order that was given while the run was at work has found what it wanted.
+        retry_number=max(run.status.retry_number, retry.number if retry is not None else 0),
+    )
     return Standing(state=RunState.SUCCEEDED, reason=ConditionReason.COMPLETED)
 
 
@@ -176,6 +210,8 @@ def _prepare_again_if_edited(run: RunPass) -> Standing | None:
     if job.phase is JobPhase.ACTIVE:
         if not job.is_deleting:
             run.act(DeleteJob(name=job.name, uid=job.uid))
+        # As after a suspension, the attempt does not count.
+        run.set(PREPARE, attempts=max(record.attempts, job.attempt), state=StageState.INTERRUPTED)
         return at_work(PREPARE, "the manifest was edited; prepare begins again")
     run.set(PREPARE, attempts=max(record.attempts, job.attempt))
     run.begin_again(PREPARE)
@@ -194,17 +230,35 @@ def _plan(run: RunPass) -> Standing | None:
         return advance(run, PREPARE)
     planned = plan_run(run.spec, facts, run.status, record)
     if isinstance(planned, Standing):
+        suspend_all(run)
         return planned
     run.record = planned
     name = plan_record_name(run.owner.name, planned.plan.digest)
     run.act(Create(manifest=build_plan_record(run.owner, name, planned.data())))
     run.status = with_stages(run.status, planned.plan.stages)
+    if record is not None:
+        _leave_jobs_of_pending_stages(run)
     run.update(
         plan_digest=planned.plan.digest,
         model_digest=facts.model.digest or "",
         data_digest=facts.data.digest or "",
     )
     return None
+
+
+def _leave_jobs_of_pending_stages(run: RunPass) -> None:
+    """Have no Job count that was made for another plan of a stage which has yet to be trained."""
+    for step in run.steps:
+        if step.stage is None or run.record_of(step).state is not StageState.PENDING:
+            continue
+        attempts = run.record_of(step).attempts
+        job = run.objects.newest_job(step.key, after_attempt=run.record_of(step).attempts_before)
+        if job is None:
+            continue
+        if job.phase is JobPhase.ACTIVE and not job.is_deleting:
+            run.act(DeleteJob(name=job.name, uid=job.uid))
+        attempts = max(attempts, job.attempt)
+        run.set(step, attempts=attempts, attempts_before=attempts)
 
 
 def _prepared_facts(run: RunPass) -> Facts | None:

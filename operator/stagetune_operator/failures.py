@@ -67,7 +67,8 @@ def read_failure(job: JobView, pods: Sequence[PodView]) -> Failure:
             exit_code=-1,
             message=f"{job.name}: its pod is gone without a trace ({job.message or 'deleted'})",
         )
-    pod = max(ended, key=lambda item: (item.finished or "", item.created))
+    # One after the other; one that never ran has no time at which it finished.
+    pod = max(ended, key=lambda item: (item.created, item.finished or ""))
     report = pod.report
     if report is not None and report.failure is not None:
         return report.failure
@@ -88,6 +89,10 @@ def _without_report(pod: PodView, code: int) -> tuple[FailureClass, str]:
         return FailureClass.DISRUPTED, f"{pod.name} was ended from outside ({pod.reason})"
     if pod.reason == "NodeLost":
         return FailureClass.NODE_LOST, f"the node {pod.node} of {pod.name} is lost"
+    if pod.exit_code is None:
+        # The kubelet did not let it in: a device that is broken, resources gone meanwhile.
+        why = ": ".join(part for part in (pod.reason, pod.message) if part)
+        return FailureClass.DISRUPTED, f"{pod.name} never ran on {pod.node} ({why})"
     if code in _KILLED:
         return FailureClass.DISRUPTED, f"{pod.name} was killed from outside (code {code})"
     known = _CODES.get(TrainerExitCode(code)) if code in list(TrainerExitCode) else None

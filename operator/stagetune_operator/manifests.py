@@ -21,6 +21,7 @@ _SHARED_MEMORY = "dshm"
 _RUN_VOLUME, _MODELS_VOLUME, _TASK_VOLUME = "run", "models", "task"
 _TMP_VOLUME, _TOKEN_VOLUME = "tmp", "progress-token"
 _TOKEN_SECONDS = 3600
+_JOB_NAME_MAX_LENGTH = 63
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,8 +68,23 @@ def claim_name(owner: Owner, storage: StorageSpec) -> str:
 
 
 def config_digest(config: StageConfig) -> str:
-    """Return the digest by which a Job's stage file is compared with the one wanted now."""
-    return digest_of_json(config.model_dump(mode="json"))
+    """Return the digest by which a Job's stage file is compared with the one wanted now.
+
+    Defaults are left out, so that a field which a newer version adds is not an edit.
+    """
+    return digest_of_json(config.model_dump(mode="json", exclude_defaults=True))
+
+
+def job_name(run: str, task: str, attempt: int) -> str:
+    """Return the name of the Job, short enough for the label by which Kubernetes counts its pods.
+
+    Only the hundredth attempt of a task with the longest names has to be cut.
+    """
+    name = names.job_name(run, task, attempt)
+    if len(name) <= _JOB_NAME_MAX_LENGTH:
+        return name
+    end = f"-{digest_of_json(name)[:8]}-{attempt}"
+    return name[: _JOB_NAME_MAX_LENGTH - len(end)].rstrip("-") + end
 
 
 def build_claim(owner: Owner, storage: StorageSpec) -> Object:
@@ -115,9 +131,11 @@ def build_job(
         "app.kubernetes.io/component": "trainer",
     }
     queue = spec.runtime.queue_name if spec.runtime else None
-    metadata = _metadata(owner, names.job_name(owner.name, order.task, order.attempt), labels)
+    metadata = _metadata(owner, job_name(owner.name, order.task, order.attempt), labels)
+    pod_labels = dict(metadata["labels"])
     if queue is not None:
-        metadata["labels"] = {**metadata["labels"], names.LABEL_QUEUE: queue}
+        # Of the Job alone: with it a queue for plain pods would hold the pod back as well.
+        metadata["labels"][names.LABEL_QUEUE] = queue
     annotations = {
         names.ANNOTATION_CONFIG_DIGEST: config_digest(order.config),
         names.ANNOTATION_INPUTS: json.dumps(dict(order.inputs), sort_keys=True),
@@ -127,7 +145,7 @@ def build_job(
         annotations[names.ANNOTATION_MICRO_BATCH_SIZE] = str(micro_batch_size)
     metadata["annotations"] = annotations
     pod_metadata = {
-        "labels": metadata["labels"],
+        "labels": pod_labels,
         "annotations": {
             names.ANNOTATION_STAGE_CONFIG: order.config.model_dump_json(exclude_none=True)
         },
@@ -316,9 +334,8 @@ def _volumes(
     ]
     storage = spec.storage
     if storage is not None and storage.models_claim_name is not None:
-        claim = {"claimName": storage.models_claim_name}
-        volumes.append({"name": _MODELS_VOLUME, "persistentVolumeClaim": claim})
-        mount: Object = {"name": _MODELS_VOLUME, "mountPath": names.MODELS_MOUNT}
+        name = _claim_volume(volumes, storage.models_claim_name, _MODELS_VOLUME)
+        mount: Object = {"name": name, "mountPath": names.MODELS_MOUNT}
         mounts.append(mount if task is Task.PREPARE else {**mount, "readOnly": True})
     if settings.progress_url:
         volumes.append({"name": _TOKEN_VOLUME, "projected": {"sources": [_progress_token()]}})
@@ -326,7 +343,7 @@ def _volumes(
             {"name": _TOKEN_VOLUME, "mountPath": names.PROGRESS_TOKEN_MOUNT, "readOnly": True}
         )
     if task is Task.PREPARE:
-        _add_sources(spec, order.claim, volumes, mounts)
+        _add_sources(spec, volumes, mounts)
         _add_secrets(spec, volumes, mounts)
     return volumes, mounts
 
@@ -346,9 +363,21 @@ def _progress_token() -> Object:
     }
 
 
-def _add_sources(
-    spec: StagedFineTuneSpec, run_claim: str, volumes: list[Object], mounts: list[Object]
-) -> None:
+def _claim_volume(volumes: list[Object], claim: str, name: str, *, read_only: bool = False) -> str:
+    """Return the name of the volume of `claim`, which is added as `name` if there is none yet.
+
+    A pod with two volumes of one claim does not start (kubernetes/kubernetes#132921).
+    """
+    for volume in volumes:
+        if volume.get("persistentVolumeClaim", {}).get("claimName") == claim:
+            found: str = volume["name"]
+            return found
+    source: Object = {"claimName": claim, **({"readOnly": True} if read_only else {})}
+    volumes.append({"name": name, "persistentVolumeClaim": source})
+    return name
+
+
+def _add_sources(spec: StagedFineTuneSpec, volumes: list[Object], mounts: list[Object]) -> None:
     """Mount every claim of a pvc:// source read-only, by its name."""
     claims = {
         source.removeprefix("pvc://").split("/", 1)[0]
@@ -356,10 +385,7 @@ def _add_sources(
         if source.startswith("pvc://")
     }
     for number, claim in enumerate(sorted(claims)):
-        name = _RUN_VOLUME if claim == run_claim else f"source-{number}"
-        if name != _RUN_VOLUME:
-            source = {"claimName": claim, "readOnly": True}
-            volumes.append({"name": name, "persistentVolumeClaim": source})
+        name = _claim_volume(volumes, claim, f"source-{number}", read_only=True)
         path = f"{names.CLAIMS_MOUNT}/{claim}"
         mounts.append({"name": name, "mountPath": path, "readOnly": True})
 

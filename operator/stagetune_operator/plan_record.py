@@ -56,7 +56,14 @@ def plan_record_name(run: str, plan_digest: str) -> str:
 
 
 def digest_of_planned(spec: StagedFineTuneSpec) -> str:
-    """Return the digest of the part of `spec` that a plan is made from."""
-    return digest_of_json(
-        spec.model_dump(mode="json", include=_DECIDING, exclude={"model": {"secret_name"}})
+    """Return the digest of the part of `spec` that a plan is made from.
+
+    Defaults are left out, so that a field which a newer version adds is not an edit.
+    """
+    decided = spec.model_dump(
+        mode="json",
+        include=_DECIDING,
+        exclude={"model": {"secret_name"}},
+        exclude_defaults=True,
     )
+    return digest_of_json(decided)

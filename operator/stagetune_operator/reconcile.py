@@ -8,8 +8,9 @@ stale or missing event can delay a run and never make it do something twice.
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from stagetune_api.report import FailureClass
 from stagetune_api.status import (
@@ -23,7 +24,7 @@ from stagetune_operator.decide import Decision, decide
 from stagetune_operator.errors import AlreadyExistsError, ConflictError, DeniedError, GoneError
 from stagetune_operator.events import events_between
 from stagetune_operator.keys import RunKey
-from stagetune_operator.ownership import is_own
+from stagetune_operator.ownership import is_of_earlier_run, is_own
 from stagetune_operator.plan_record import (
     DamagedPlanError,
     PlanRecord,
@@ -31,13 +32,14 @@ from stagetune_operator.plan_record import (
     read_plan_record,
 )
 from stagetune_operator.records import ProgressView, read_status, records_of
-from stagetune_operator.run_pass import Action, Circumstances, Create, DeleteJob
+from stagetune_operator.run_pass import Circumstances, Create, DeleteJob, Intent
 from stagetune_operator.settings import Settings
 from stagetune_operator.views import Object, view_run
 
 logger = logging.getLogger(__name__)
 
 _DENIED_SECONDS = 30.0
+_LEFTOVER_SECONDS = 5.0
 _CONFLICT_SECONDS = 0.5
 _VOLATILE = {"step", "loss", "validation_loss", "tokens_per_second", "eta_seconds"}
 
@@ -87,6 +89,27 @@ def utc_now() -> str:
     return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
+@dataclass(kw_only=True)
+class _Memory:
+    """What is remembered of a run between passes; nothing depends on it but how much is done."""
+
+    uid: str
+    plan: PlanRecord | None = None
+    first_asked: dict[str, float] = field(default_factory=dict)
+    written: float = float("-inf")
+    """When the status was last written."""
+    held: tuple[int, float] = (-1, 0.0)
+    """The generation that something was refused for, and until when it is not tried again."""
+
+
+class _Refused(NamedTuple):
+    """What follows from an action that was refused."""
+
+    standing: Standing
+    fallback: StagedFineTuneStatus
+    look_again_seconds: float
+
+
 class Reconciler:
     """Brings runs on, one pass at a time; passes over different runs may overlap."""
 
@@ -109,18 +132,16 @@ class Reconciler:
         self._progress_of = progress_of
         self._now = now
         self._monotonic = monotonic
-        self._plans: dict[RunKey, tuple[str, PlanRecord]] = {}
-        self._first_asked: dict[RunKey, dict[str, float]] = {}
-        self._written: dict[RunKey, float] = {}
+        self._memories: dict[RunKey, _Memory] = {}
 
     async def reconcile(self, key: RunKey) -> float | None:
         """Do what the run needs; return in how many seconds to look again, None for no need."""
         seen = self._store.snapshot(key)
         if seen.run is None or "deletionTimestamp" in seen.run["metadata"]:
-            self._forget(key)
+            self._memories.pop(key, None)
             return None
         decision = await self._decide(key, seen.run, seen.jobs, seen.pods)
-        withheld = self._is_withheld(key, read_status(seen.run), decision)
+        withheld = self._is_withheld(key, seen.run, decision)
         if withheld is not None:
             return _sooner(withheld, decision.look_again_seconds)
         try:
@@ -138,20 +159,24 @@ class Reconciler:
             return None
         jobs, pods = await self._cluster.list_jobs(key), await self._cluster.list_pods(key)
         decision = await self._decide(key, run, jobs, pods)
-        refused = await self._perform(run, decision.actions)
+        memory = self._memory(key, run)
+        refused = await self._perform(run, decision.intents)
         look_again = decision.look_again_seconds
         status = decision.status
         if refused is not None:
             generation = run["metadata"].get("generation", 0)
             status = with_standing(
-                decision.fallback, refused, generation=generation, now=self._now()
+                refused.fallback, refused.standing, generation=generation, now=self._now()
             )
-            look_again = _sooner(look_again, _DENIED_SECONDS)
+            look_again = _sooner(look_again, refused.look_again_seconds)
+            memory.held = generation, self._monotonic() + refused.look_again_seconds
+        if decision.record is not None and decision.record.plan.digest == status.plan_digest:
+            memory.plan = decision.record
         before = read_status(run)
         if status != before:
             written = await self._cluster.write_status(run, _as_json(status))
             self._store.apply_run("MODIFIED", written)
-            self._written[key] = self._monotonic()
+            memory.written = self._monotonic()
             self._observe(before, status)
             for event in events_between(before, status):
                 await self._cluster.post_event(run, *event)
@@ -160,7 +185,7 @@ class Reconciler:
     async def _decide(
         self, key: RunKey, run: Object, jobs: Sequence[Object], pods: Sequence[Object]
     ) -> Decision:
-        asked = self._first_asked.setdefault(key, {})
+        asked = self._memory(key, run).first_asked
 
         def age(what: str) -> float:
             return self._monotonic() - asked.setdefault(what, self._monotonic())
@@ -174,18 +199,25 @@ class Reconciler:
         )
         return decide(view_run(run, jobs, pods), circumstances)
 
+    def _memory(self, key: RunKey, run: Object) -> _Memory:
+        """Return what is remembered of this very run: another one may have had its name."""
+        memory, uid = self._memories.get(key), run["metadata"]["uid"]
+        if memory is None or memory.uid != uid:
+            memory = self._memories[key] = _Memory(uid=uid)
+        return memory
+
     async def _plan_of(self, key: RunKey, run: Object) -> PlanRecord | None:
         """Return the plan that the run follows; read once, since it is immutable."""
+        memory = self._memory(key, run)
         status = run.get("status") or {}
         digest = status.get("planDigest")
         retry = (run["spec"].get("retry") or {}).get("number", 0)
         is_inert = "completionTime" in status and retry <= status.get("retryNumber", 0)
         if not digest or is_inert:
-            self._plans.pop(key, None)
+            memory.plan = None
             return None
-        known = self._plans.get(key)
-        if known is not None and known[0] == digest:
-            return known[1]
+        if memory.plan is not None and memory.plan.plan.digest == digest:
+            return memory.plan
         name = plan_record_name(key.name, digest)
         config_map = await self._cluster.read_config_map(key.namespace, name)
         if config_map is None or not is_own(config_map, run):
@@ -195,34 +227,42 @@ class Reconciler:
         except DamagedPlanError as error:
             logger.warning("%s: the plan in %s cannot be read: %s", key, name, error)
             return None
-        self._plans[key] = (digest, record)
-        return record
+        memory.plan = record if record.plan.digest == digest else None
+        return memory.plan
 
-    def _is_withheld(
-        self, key: RunKey, before: StagedFineTuneStatus, decision: Decision
-    ) -> float | None:
+    def _is_withheld(self, key: RunKey, run: Object, decision: Decision) -> float | None:
         """Return in how many seconds `decision` is to be acted on; None: at once.
 
-        Progress alone is written only now and then: every write goes to each watcher.
+        Progress alone is written only now and then: every write goes to each watcher. And what was
+        refused is not tried with every event: one of them is that the refusal was written down,
+        with words that may be others each time.
         """
-        if decision.actions or _skeleton(decision.status) != _skeleton(before):
+        memory, before = self._memory(key, run), read_status(run)
+        if decision.intents:
+            generation, until = memory.held
+            left = until - self._monotonic()
+            is_held = left > 0 and generation == run["metadata"].get("generation", 0)
+            return left if is_held else None
+        if _skeleton(decision.status) != _skeleton(before):
             return None
         if decision.status == before:
             return decision.look_again_seconds or float("inf")
-        since = self._monotonic() - self._written.get(key, float("-inf"))
-        left = self._settings.progress_status_seconds - since
+        left = self._settings.progress_status_seconds - (self._monotonic() - memory.written)
         return left if left > 0 else None
 
-    async def _perform(self, run: Object, actions: Sequence[Action]) -> Standing | None:
-        """Do `actions` in order; return the standing of the run if one of them is refused."""
-        for action in actions:
-            match action:
+    async def _perform(self, run: Object, intents: Sequence[Intent]) -> _Refused | None:
+        """Do what is intended, in order; return what follows if one action is refused."""
+        for intent in intents:
+            match intent.action:
                 case DeleteJob(name=name, uid=uid):
                     await self._cluster.delete_job(run["metadata"]["namespace"], name, uid)
                 case Create(manifest=manifest):
-                    refused = await self._create(run, manifest)
-                    if refused is not None:
-                        return refused
+                    standing = await self._create(run, manifest)
+                    if standing is not None:
+                        is_final = standing.reason is ConditionReason.CANNOT_CREATE
+                        lasts = is_final or standing.is_stalled
+                        seconds = _DENIED_SECONDS if lasts else _LEFTOVER_SECONDS
+                        return _Refused(standing, intent.fallback, seconds)
         return None
 
     async def _create(self, run: Object, manifest: Object) -> Standing | None:
@@ -230,16 +270,14 @@ class Reconciler:
         try:
             await self._cluster.create(manifest)
         except AlreadyExistsError:
-            if await self._is_ours(run, manifest):
+            found = await self._find(run, manifest)
+            if found is not None and is_own(found, run):
                 # The answer to an earlier call was lost.
                 return None
-            return Standing(
-                state=RunState.QUEUED,
-                reason=ConditionReason.NAME_CONFLICT,
-                message=f"{what} is there already and belongs to somebody else; remove it, or "
-                "apply the run under another name",
-                is_stalled=True,
-            )
+            if found is None and manifest["kind"] != "Job":
+                raise ConflictError(f"{what} went away meanwhile") from None
+            is_left_over = found is not None and is_of_earlier_run(found, run)
+            return _name_conflict(what, is_left_over=is_left_over)
         except DeniedError as error:
             return Standing(
                 state=RunState.QUEUED,
@@ -248,19 +286,17 @@ class Reconciler:
             )
         return None
 
-    async def _is_ours(self, run: Object, manifest: Object) -> bool:
+    async def _find(self, run: Object, manifest: Object) -> Object | None:
+        """Return the object that has the name of `manifest`; of Jobs only one with our labels."""
         namespace, name = run["metadata"]["namespace"], manifest["metadata"]["name"]
-        key = RunKey(namespace, run["metadata"]["name"])
-        found: Object | None
         match manifest["kind"]:
             case "Job":
-                jobs = await self._cluster.list_jobs(key)
-                found = next((job for job in jobs if job["metadata"]["name"] == name), None)
+                jobs = await self._cluster.list_jobs(RunKey(namespace, run["metadata"]["name"]))
+                return next((job for job in jobs if job["metadata"]["name"] == name), None)
             case "ConfigMap":
-                found = await self._cluster.read_config_map(namespace, name)
+                return await self._cluster.read_config_map(namespace, name)
             case _:
-                found = await self._cluster.read_claim(namespace, name)
-        return found is not None and is_own(found, run)
+                return await self._cluster.read_claim(namespace, name)
 
     def _observe(self, before: StagedFineTuneStatus, after: StagedFineTuneStatus) -> None:
         done = {item.name for item in before.stages if item.state is StageState.SUCCEEDED}
@@ -276,9 +312,18 @@ class Reconciler:
             if item.last_failure is not None and (item.name, item.last_failure) not in known:
                 self._observer.count_failure(item.last_failure.failure_class)
 
-    def _forget(self, key: RunKey) -> None:
-        for memory in (self._plans, self._first_asked, self._written):
-            memory.pop(key, None)
+
+def _name_conflict(what: str, *, is_left_over: bool) -> Standing:
+    cure = "remove it, or apply the run under another name"
+    message = f"{what} is there already and belongs to somebody else; {cure}"
+    if is_left_over:
+        message = f"{what} is left of a run that had this name before; it is waited for until gone"
+    return Standing(
+        state=RunState.QUEUED,
+        reason=ConditionReason.NAME_CONFLICT,
+        message=message,
+        is_stalled=not is_left_over,
+    )
 
 
 def _skeleton(status: StagedFineTuneStatus) -> StagedFineTuneStatus:

@@ -22,7 +22,8 @@ from stagetune_operator.stage_files import Step
 from stagetune_operator.views import Object, PodView, seconds_between
 
 Record = StageStatus | TaskStatus
-_MAX_UNKNOWN = 64
+_MAX_ROUNDS = 1000
+_TASKS = tuple(task.value.lower() for task in (Task.PREPARE, Task.EVALUATE, Task.EXPORT))
 
 
 class ProgressView(Protocol):
@@ -45,16 +46,23 @@ class ProgressView(Protocol):
 def read_status(run: Object) -> StagedFineTuneStatus:
     """Return the run's status; what this version does not know of a newer one's is left out."""
     body: Any = run.get("status") or {}
-    for _ in range(_MAX_UNKNOWN):
+    for _ in range(_MAX_ROUNDS):
         try:
             return StagedFineTuneStatus.model_validate(body)
         except ValidationError as error:
-            body = _without(body, error.errors()[0]["loc"])
-    return StagedFineTuneStatus()
+            first, *others = error.errors(include_url=False, include_input=False)
+            # Keys go all at once, there may be one in each of a hundred stages. Everything else
+            # goes one by one, for an item that goes moves those after it.
+            keys = [item for item in others if item["type"] == first["type"] == "extra_forbidden"]
+            for item in (first, *keys):
+                body = _without(body, item["loc"])
+    raise ValueError("the status cannot be read")
 
 
 def _without(body: Any, location: Sequence[str | int]) -> Any:
     """Return `body`, a tree of dicts and lists, without the deepest thing at `location`."""
+    if not location:
+        return {}
     head, *rest = location
     if isinstance(body, list) and isinstance(head, int) and head < len(body):
         changed = _without(body[head], rest) if rest else None
@@ -73,6 +81,13 @@ def records_of(status: StagedFineTuneStatus) -> list[Record]:
     return [*status.stages, *status.tasks]
 
 
+def records_in_order(status: StagedFineTuneStatus) -> list[Record]:
+    """Return what is known of all tasks of a run, in the order in which they are done."""
+    tasks = {item.name: item for item in status.tasks}
+    first, *last = [tasks.get(name, TaskStatus(name=name)) for name in _TASKS]
+    return [first, *status.stages, *last] if status.stages else [first]
+
+
 def record_of(status: StagedFineTuneStatus, step: Step) -> Record:
     """Return what is known of `step`."""
     if step.stage is not None:
@@ -83,40 +98,41 @@ def record_of(status: StagedFineTuneStatus, step: Step) -> Record:
 
 def with_record(status: StagedFineTuneStatus, step: Step, /, **values: Any) -> StagedFineTuneStatus:
     """Return `status` with `values` set in what is known of `step`."""
-    record = record_of(status, step).model_copy(update=values)
+    return _with(status, record_of(status, step).model_copy(update=values))
+
+
+def _with(status: StagedFineTuneStatus, record: Record) -> StagedFineTuneStatus:
     if isinstance(record, StageStatus):
         stages = [record if item.name == record.name else item for item in status.stages]
         return status.model_copy(update={"stages": stages})
     others = [item for item in status.tasks if item.name != record.name]
-    order = [task.value.lower() for task in (Task.PREPARE, Task.EVALUATE, Task.EXPORT)]
-    tasks = sorted([*others, record], key=lambda item: order.index(item.name))
+    tasks = sorted([*others, record], key=lambda item: _TASKS.index(item.name))
     return status.model_copy(update={"tasks": tasks})
 
 
 def with_stages(
     status: StagedFineTuneStatus, stages: Sequence[PlannedStage]
 ) -> StagedFineTuneStatus:
-    """Return `status` with the stages of a plan; what is known of a started one is kept."""
-    known = {item.name: item for item in status.stages if item.state is not StageState.PENDING}
-    return status.model_copy(
-        update={
-            "stages": [
-                known.get(stage.name)
-                or StageStatus(
-                    name=stage.name,
-                    layers=stage.layers,
-                    total_steps=stage.steps,
-                    estimate=stage.estimate,
-                )
-                for stage in stages
-            ]
-        }
-    )
+    """Return `status` with the stages of a plan; what is known of a started one is kept.
+
+    Of one that is to be done again its attempts are: their Jobs are still there.
+    """
+    known = {item.name: item for item in status.stages}
+    planned = [_as_planned(stage, known.get(stage.name)) for stage in stages]
+    return status.model_copy(update={"stages": planned})
 
 
-def begun_again(status: StagedFineTuneStatus, step: Step) -> StagedFineTuneStatus:
-    """Return `status` with `step` to be done again; earlier attempts no longer count."""
-    record = record_of(status, step)
+def _as_planned(stage: PlannedStage, known: StageStatus | None) -> StageStatus:
+    if known is not None and known.state is not StageState.PENDING:
+        return known
+    planned = {"layers": stage.layers, "total_steps": stage.steps, "estimate": stage.estimate}
+    if known is not None:
+        return known.model_copy(update=planned)
+    return StageStatus(name=stage.name, **planned)
+
+
+def begun_again(status: StagedFineTuneStatus, record: Record) -> StagedFineTuneStatus:
+    """Return `status` with the task of `record` to be done again; attempts so far do not count."""
     values: dict[str, Any] = {
         "state": StageState.PENDING,
         "attempts_before": record.attempts,
@@ -124,7 +140,7 @@ def begun_again(status: StagedFineTuneStatus, step: Step) -> StagedFineTuneStatu
     }
     if isinstance(record, StageStatus):
         values |= {"measured": None, "step": 0, "eta_seconds": None, "handoff_seconds": None}
-    return with_record(status, step, **values)
+    return _with(status, record.model_copy(update=values))
 
 
 def progress_values(progress: ProgressView) -> dict[str, Any]:

@@ -45,6 +45,14 @@ Action = Create | DeleteJob
 
 
 @dataclass(frozen=True, kw_only=True)
+class Intent:
+    """An action, and the status for the case that it is refused: as far as the run came before."""
+
+    action: Action
+    fallback: StagedFineTuneStatus
+
+
+@dataclass(frozen=True, kw_only=True)
 class Circumstances:
     """What a decision depends on beside the run's objects."""
 
@@ -70,12 +78,10 @@ class RunPass:
     status: StagedFineTuneStatus
     record: PlanRecord | None
     """The plan that the run follows."""
-    actions: list[Action] = field(default_factory=list)
+    intents: list[Intent] = field(default_factory=list)
     look_again_seconds: float | None = None
     refusal: str = ""
     """What is wrong with the manifest though the run goes on as it is."""
-    fallback: StagedFineTuneStatus | None = None
-    """The status before the first action, for the case that an action is refused."""
 
     @property
     def stages(self) -> Sequence[PlannedStage]:
@@ -101,13 +107,11 @@ class RunPass:
 
     def begin_again(self, step: Step) -> None:
         """Let `step` be done again; earlier attempts no longer count."""
-        self.status = begun_again(self.status, step)
+        self.status = begun_again(self.status, self.record_of(step))
 
     def act(self, action: Action) -> None:
         """Have `action` done before the status is written."""
-        if self.fallback is None:
-            self.fallback = self.status
-        self.actions.append(action)
+        self.intents.append(Intent(action=action, fallback=self.status))
 
     def stage_file(self, step: Step) -> StageConfig:
         """Return what a trainer is given for `step` now."""

@@ -6,7 +6,7 @@ Nothing may be done on its word alone. Whoever acts reads the live objects first
 so an older event that comes twice costs a look and does no harm.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from stagetune_api import names
@@ -20,6 +20,11 @@ _UNREAD_ANNOTATIONS = frozenset(
     {"kubectl.kubernetes.io/last-applied-configuration", names.ANNOTATION_STAGE_CONFIG}
 )
 """Copies of whole manifests, several kilobytes in each object."""
+_UNREAD_METADATA = frozenset({"managedFields", "generateName", "finalizers"})
+_POD_STATUS = ("phase", "reason", "message")
+_POD_CONDITIONS = frozenset({"PodScheduled", "DisruptionTarget"})
+_CONTAINER_STATUS = ("name", "state")
+"""What `views` reads of a pod's status. With a thousand runs the rest is most of the memory."""
 
 
 @dataclass(frozen=True)
@@ -50,23 +55,32 @@ class Store:
     def apply_job(self, event_type: str | None, body: Object) -> RunKey | None:
         """Take in an event of a Job and return the key of its run; None if it names none.
 
-        The pod template is left out: what it was made from is known by its digest.
+        Kept are its metadata, whether it is suspended, and its conditions: what it was made from is
+        known by its digest.
         """
         key = _labelled_run(body)
         if key is not None:
-            spec = {name: value for name, value in body["spec"].items() if name != "template"}
-            trimmed = {**body, "metadata": _trimmed_metadata(body), "spec": spec}
+            trimmed = {
+                "metadata": _trimmed_metadata(body),
+                "spec": _only(body["spec"], ("suspend",)),
+                "status": _only(body.get("status") or {}, ("conditions",)),
+            }
             _apply(self._jobs, key, event_type, trimmed)
         return key
 
     def apply_pod(self, event_type: str | None, body: Object) -> RunKey | None:
         """Take in an event of a pod and return the key of its run; None if it names none.
 
-        Of the spec only the node and the containers' resources are kept.
+        Of the spec only the node and the containers' resources are kept, of the status what says
+        how the containers are.
         """
         key = _labelled_run(body)
         if key is not None:
-            trimmed = {**body, "metadata": _trimmed_metadata(body), "spec": _trimmed_pod_spec(body)}
+            trimmed = {
+                "metadata": _trimmed_metadata(body),
+                "spec": _trimmed_pod_spec(body),
+                "status": _trimmed_pod_status(body),
+            }
             _apply(self._pods, key, event_type, trimmed)
             uid = body["metadata"]["uid"]
             if event_type == DELETED:
@@ -155,7 +169,9 @@ def _labelled_run(body: Object) -> RunKey | None:
 
 
 def _trimmed_metadata(body: Object) -> Object:
-    metadata = {name: item for name, item in body["metadata"].items() if name != "managedFields"}
+    metadata = {
+        name: item for name, item in body["metadata"].items() if name not in _UNREAD_METADATA
+    }
     annotations = metadata.get("annotations") or {}
     if not _UNREAD_ANNOTATIONS.isdisjoint(annotations):
         metadata["annotations"] = {
@@ -166,12 +182,26 @@ def _trimmed_metadata(body: Object) -> Object:
 
 def _trimmed_pod_spec(body: Object) -> Object:
     spec = body["spec"]
-    containers = [
-        {name: container[name] for name in ("name", "resources") if name in container}
-        for container in spec["containers"]
-    ]
+    containers = [_only(container, ("name", "resources")) for container in spec["containers"]]
     node = {"nodeName": spec["nodeName"]} if "nodeName" in spec else {}
     return {**node, "containers": containers}
+
+
+def _trimmed_pod_status(body: Object) -> Object:
+    status = body.get("status") or {}
+    conditions = [
+        item for item in status.get("conditions") or () if item["type"] in _POD_CONDITIONS
+    ]
+    containers = [_only(item, _CONTAINER_STATUS) for item in status.get("containerStatuses") or ()]
+    return {
+        **_only(status, _POD_STATUS),
+        "conditions": conditions,
+        "containerStatuses": containers,
+    }
+
+
+def _only(item: Object, fields: Sequence[str]) -> Object:
+    return {name: item[name] for name in fields if name in item}
 
 
 def _uids(objects: Mapping[RunKey, Mapping[str, Object]], namespace: str | None) -> set[str]:

@@ -42,6 +42,8 @@ class JobView:
     created: str
     is_suspended: bool
     """Whether somebody, a queue for one, keeps its pod from being made."""
+    queue: str | None
+    """Name of the queue that has to admit it."""
     is_deleting: bool
     inputs: Mapping[str, str]
     """The Job by which each earlier task was done when this one was made."""
@@ -121,12 +123,18 @@ class RunObjects:
 
 
 def view_run(run: Object, jobs: Sequence[Object], pods: Sequence[Object]) -> RunObjects:
-    """Return the typed view of a run's objects; Jobs of other owners are left out."""
+    """Return the typed view of a run's objects.
+
+    Jobs of other owners are left out, and so are the pods of other Jobs: those of an earlier run of
+    the same name may still be leaving.
+    """
     uid = run["metadata"]["uid"]
+    own = [job for job in jobs if _owner_uid(job) == uid]
+    own_uids = {job["metadata"]["uid"] for job in own}
     return RunObjects(
         run=run,
-        jobs=tuple(view_job(job) for job in jobs if _owner_uid(job) == uid),
-        pods=tuple(view_pod(pod) for pod in pods),
+        jobs=tuple(view_job(job) for job in own),
+        pods=tuple(view_pod(pod) for pod in pods if _owner_uid(pod) in own_uids),
     )
 
 
@@ -140,7 +148,7 @@ def view_job(job: Object) -> JobView:
         phase = JobPhase.SUCCEEDED
     elif "Failed" in ended:
         phase = JobPhase.FAILED
-    micro_batch_size = annotations.get(names.ANNOTATION_MICRO_BATCH_SIZE)
+    micro_batch_size = annotations.get(names.ANNOTATION_MICRO_BATCH_SIZE, "")
     return JobView(
         name=metadata["name"],
         uid=metadata["uid"],
@@ -149,12 +157,21 @@ def view_job(job: Object) -> JobView:
         phase=phase,
         created=metadata["creationTimestamp"],
         is_suspended=bool(job.get("spec", {}).get("suspend")),
+        queue=metadata["labels"].get(names.LABEL_QUEUE),
         is_deleting="deletionTimestamp" in metadata,
-        inputs=_INPUTS.validate_json(annotations.get(names.ANNOTATION_INPUTS, "{}")),
+        inputs=_inputs(annotations.get(names.ANNOTATION_INPUTS, "{}")),
         config_digest=annotations.get(names.ANNOTATION_CONFIG_DIGEST, ""),
-        micro_batch_size=int(micro_batch_size) if micro_batch_size else None,
+        micro_batch_size=int(micro_batch_size) if micro_batch_size.isdecimal() else None,
         message=ended.get("Failed", {}).get("message", ""),
     )
+
+
+def _inputs(text: str) -> dict[str, str]:
+    """Return the Jobs in an annotation; none where others have made nonsense of it."""
+    try:
+        return _INPUTS.validate_json(text)
+    except ValidationError:
+        return {}
 
 
 def view_pod(pod: Object) -> PodView:
@@ -188,10 +205,17 @@ def view_pod(pod: Object) -> PodView:
 
 
 def seconds_between(start: str | None, end: str | None) -> float | None:
-    """Return the seconds from one RFC 3339 time to another; None where one is not known."""
+    """Return the seconds from one RFC 3339 time to another; None where one is not known.
+
+    The times may be of two nodes whose clocks do not agree; less than 0 is none.
+    """
     if start is None or end is None:
         return None
-    return (datetime.fromisoformat(end) - datetime.fromisoformat(start)).total_seconds()
+    try:
+        passed = datetime.fromisoformat(end) - datetime.fromisoformat(start)
+    except (ValueError, TypeError):
+        return None
+    return max(passed.total_seconds(), 0.0)
 
 
 def _container_state(status: Object) -> Object:

@@ -7,6 +7,7 @@ after `WATCH_SECONDS` and is opened again from where it was, and one that brings
 """
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Any
@@ -41,6 +42,7 @@ class Watches:
         """When the server last had a word about each."""
         self._unopened = set(self._opened)
         self._listed: set[str] = set()
+        self._all_opened = asyncio.Event()
 
     def note_list(self, path: str) -> None:
         """Take in that the server has begun to answer a list."""
@@ -52,6 +54,8 @@ class Watches:
         if path in self._opened:
             self._opened[path] = self._clock()
             self._unopened.discard(path)
+            if not self._unopened:
+                self._all_opened.set()
         if path in self._listed:
             self._listed.discard(path)
             self._on_gap()
@@ -68,6 +72,11 @@ class Watches:
     def are_open(self) -> bool:
         """Whether each was open once, so that everything there is has been listed."""
         return not self._unopened
+
+    async def opened(self, patience_seconds: float) -> None:
+        """Return once all are open, or after the patience: a namespace may let nobody in."""
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._all_opened.wait(), patience_seconds)
 
     @property
     def stale(self) -> list[str]:

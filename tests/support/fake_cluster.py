@@ -176,7 +176,13 @@ class FakeCluster:
     writes: list[tuple[str, str]] = field(default_factory=list)
     stale: Sequence[Object] | None = None
     """Objects that the watches still believe in."""
+    are_jobs_late: bool = False
+    """Whether Jobs have yet to take note of how their pods ended."""
+    keep_deleted: bool = False
+    """Whether a deleted Job stays until its pods are gone, as with a long time to leave."""
     _numbers: Any = field(default_factory=lambda: itertools.count(1))
+    _unsettled: list[tuple[Object, Ending]] = field(default_factory=list)
+    """Jobs with a pod that has ended, and how it did."""
 
     def add_run(self, manifest: Object) -> Object:
         """Put a run there as `kubectl apply` does."""
@@ -205,7 +211,7 @@ class FakeCluster:
 
         A mapping has a script for each task's label; tasks that are not in it succeed.
         """
-        moved = self._start_pods()
+        moved = self._settle_jobs() or self._start_pods()
         for pod in [item for (kind, _), item in self.objects.items() if kind == "Pod"]:
             if pod["status"]["phase"] != "Running":
                 continue
@@ -214,6 +220,7 @@ class FakeCluster:
             text = pod["metadata"]["annotations"][names.ANNOTATION_STAGE_CONFIG]
             self._end_pod(pod, chosen(StageConfig.model_validate_json(text), pod))
             moved = True
+        self._settle_jobs()
         return moved
 
     def start_pods(self) -> None:
@@ -224,7 +231,8 @@ class FakeCluster:
         moved = False
         for (kind, name), job in list(self.objects.items()):
             status = job.setdefault("status", {}) if kind == "Job" else {}
-            if kind != "Job" or status.get("conditions") or job["spec"]["suspend"]:
+            is_leaving = "deletionTimestamp" in job["metadata"]
+            if kind != "Job" or status.get("conditions") or job["spec"]["suspend"] or is_leaving:
                 continue
             running = [
                 item
@@ -233,7 +241,8 @@ class FakeCluster:
                 and item["status"]["phase"] in ("Pending", "Running")
                 and item["metadata"]["ownerReferences"][0]["uid"] == job["metadata"]["uid"]
             ]
-            if not running:
+            unsettled = any(item is job for item, _ in self._unsettled)
+            if not running and not unsettled:
                 self._make_pod(name, job)
                 moved = True
         return moved
@@ -272,13 +281,23 @@ class FakeCluster:
             status["conditions"] = [{"type": "DisruptionTarget", "status": "True"}]
         uid = pod["metadata"]["ownerReferences"][0]["uid"]
         job = next((item for item in self.objects.values() if item["metadata"]["uid"] == uid), None)
-        if job is None:
-            return
-        asked_to_stop = ending.exit_code == TrainerExitCode.INTERRUPTED
-        if ending.exit_code == 0:
-            job["status"]["conditions"] = [{"type": "Complete", "status": "True"}]
-        elif not ending.is_disrupted and not asked_to_stop:
-            job["status"]["conditions"] = [{"type": "Failed", "status": "True", "message": "once"}]
+        if job is not None:
+            self._unsettled.append((job, ending))
+
+    def _settle_jobs(self) -> bool:
+        """Let Jobs take note of how their pods ended; return whether there was one to do so."""
+        if self.are_jobs_late:
+            return False
+        moved = bool(self._unsettled)
+        for job, ending in self._unsettled:
+            asked_to_stop = ending.exit_code == TrainerExitCode.INTERRUPTED
+            failed = {"type": "Failed", "status": "True", "message": "once"}
+            if ending.exit_code == 0:
+                job["status"]["conditions"] = [{"type": "Complete", "status": "True"}]
+            elif not ending.is_disrupted and not asked_to_stop:
+                job["status"]["conditions"] = [failed]
+        self._unsettled.clear()
+        return moved
 
     def _stored(self, manifest: Object) -> Object:
         item = copy.deepcopy(manifest)
@@ -348,7 +367,9 @@ class FakeCluster:
         """See `cluster.Cluster`."""
         self._before_write("delete", f"Job/{name}")
         job = self.objects.get(("Job", name))
-        if job is not None and job["metadata"]["uid"] == uid:
+        if job is not None and job["metadata"]["uid"] == uid and self.keep_deleted:
+            job["metadata"]["deletionTimestamp"] = self._time()
+        elif job is not None and job["metadata"]["uid"] == uid:
             del self.objects["Job", name]
             for (kind, pod), item in list(self.objects.items()):
                 if kind == "Pod" and item["metadata"]["ownerReferences"][0]["uid"] == uid:

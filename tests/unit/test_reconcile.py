@@ -1,6 +1,7 @@
 """Whole runs through the reconciler, against a cluster in memory: every transition, every fault."""
 
 import asyncio
+import contextlib
 import copy
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -11,7 +12,7 @@ from fake_cluster import CrashError, Ending, FakeCluster, Script, fails, report_
 from manifest_cases import edited
 from stagetune_api import names
 from stagetune_api.names import TrainerExitCode
-from stagetune_api.report import FailureClass
+from stagetune_api.report import FailureClass, Timings
 from stagetune_api.stage import StageConfig
 from stagetune_api.status import StagedFineTuneStatus
 from stagetune_operator.keys import RunKey
@@ -462,13 +463,21 @@ def test_order_begins_a_failed_run_again_where_it_failed() -> None:
     assert operator.jobs[2:4] == [f"finance-qa-{STAGES[1]}", f"finance-qa-{STAGES[1]}-2"]
 
 
-def test_order_with_a_stage_begins_a_finished_run_again_from_there() -> None:
-    operator = begun()
+@pytest.mark.parametrize(
+    ("retain", "first"),
+    # With Result the export has removed the tokenised rows, which prepare makes once more.
+    [("Everything", []), ("Result", ["finance-qa-prepare-2"])],
+)
+def test_order_with_a_stage_begins_a_finished_run_again_from_there(
+    retain: str, first: list[str]
+) -> None:
+    operator = begun({"spec.storage": {"size": "10Gi", "retain": retain}})
     operator.finish()
     order = {"number": 3, "fromStage": "layers-0-1"}
     operator.cluster.edit_run("finance-qa", lambda spec: spec.update(retry=order))
     assert operator.finish().state == "Succeeded"
     assert operator.jobs[5:] == [
+        *first,
         f"finance-qa-{STAGES[0]}-2",
         f"finance-qa-{STAGES[1]}-2",
         "finance-qa-evaluate-2",
@@ -492,6 +501,15 @@ def test_order_for_a_stage_that_is_not_there_is_told_and_changes_nothing() -> No
     assert validated.status == "False"
     assert "layers-9-9" in validated.message
     assert "layers-0-1" in validated.message
+
+
+def test_order_that_is_given_while_the_run_works_is_met_when_it_succeeds() -> None:
+    operator = begun()
+    operator.settle()
+    order = {"number": 1, "fromStage": "layers-0-1"}
+    operator.cluster.edit_run("finance-qa", lambda spec: spec.update(retry=order))
+    assert operator.finish().state == "Succeeded"
+    assert operator.jobs == [f"finance-qa-{task}" for task in TASKS]
 
 
 def test_order_that_was_there_from_the_beginning_is_none() -> None:
@@ -547,6 +565,22 @@ def test_started_stage_that_is_edited_all_the_same_stops_the_run_until_it_is_und
     assert operator.jobs == [
         f"finance-qa-{task}" for task in ("prepare", "01-lower", "02-upper", "evaluate", "export")
     ]
+
+
+def test_run_that_is_stopped_by_an_edit_can_be_suspended() -> None:
+    operator = _with_first_stage_running()
+
+    def change(spec: Object) -> None:
+        spec["stages"][0]["epochs"] = 2.0
+        spec["suspend"] = True
+
+    operator.cluster.edit_run("finance-qa", change)
+    operator.settle()
+    assert operator.jobs == ["finance-qa-prepare"]
+    assert conditions(operator.status)["Stalled"] == "True"
+    operator.cluster.edit_run("finance-qa", lambda spec: spec.update(suspend=False))
+    operator.cluster.edit_run("finance-qa", lambda spec: spec["stages"][0].update(epochs=1.0))
+    assert operator.finish().state == "Succeeded"
 
 
 def test_wrong_manifest_makes_nothing_and_says_everything() -> None:
@@ -695,7 +729,7 @@ class Posted:
     def __init__(self, pod_uid: str, step: int) -> None:
         self.pod_uid = pod_uid
         self.step = step
-        self.loss = 2.5
+        self.loss: float | None = 2.5
         self.validation_loss = None
         self.tokens_per_second = 12.0
         self.eta_seconds = 61.4
@@ -775,3 +809,451 @@ def test_status_of_a_newer_version_can_be_read() -> None:
     run["status"]["stages"][0]["invention"] = 1
     run["status"]["conditions"].append({"type": "Invented", "status": "True"})
     assert read_status(run).stages == expected.stages
+
+
+def _first_stage_runs(edits: Mapping[str, Any] | None = None, **settings: Any) -> Operator:
+    """Return an operator over a run whose first stage's pod is at work."""
+    operator = begun(edits, **settings)
+    operator.settle()
+    operator.cluster.advance()
+    operator.settle()
+    operator.cluster.start_pods()
+    operator.settle()
+    assert operator.status.state == "Training"
+    return operator
+
+
+def test_damage_that_comes_again_with_other_digests_is_not_repaired_for_ever() -> None:
+    operator = begun({"spec.runtime": {"maxRetries": 2}})
+    digests = (f"{number:x}".rjust(64, "d") for number in range(1000))
+
+    def first_stage(config: StageConfig, pod: Object) -> Ending:
+        """Give another result each time, as a GPU does."""
+        return Ending(message=report_for(config, digest=next(digests)).termination_message())
+
+    blames_first = fails(
+        FailureClass.STORAGE_ERROR,
+        TrainerExitCode.STORAGE_ERROR,
+        artifact="/stagetune/runs/x/stages/01-layers-0-1/output/model.safetensors",
+    )
+    status = operator.finish({STAGES[0]: first_stage, STAGES[1]: blames_first})
+    assert status.state == "Failed"
+    assert len(operator.jobs) < 10
+
+
+@pytest.mark.parametrize("is_away", [False, True], ids=["edited", "taken out and put back"])
+def test_stage_that_is_edited_after_an_order_is_trained_anew(is_away: bool) -> None:
+    kept = {"size": "10Gi", "retain": "Everything"}
+    stages = copy.deepcopy(EXPLICIT)
+    operator = begun({"spec.schedule": None, "spec.stages": stages, "spec.storage": kept})
+    operator.finish()
+    order = {"number": 1, "fromStage": "lower"}
+    operator.cluster.edit_run("finance-qa", lambda spec: spec.update(retry=order))
+    operator.settle()
+    assert operator.status.stages[1].state == "Pending"
+    if is_away:
+        operator.cluster.edit_run("finance-qa", lambda spec: spec["stages"].pop())
+        operator.settle()
+        assert len(operator.status.stages) == 1
+    upper = {**EXPLICIT[1], "epochs": 3.0}
+    operator.cluster.edit_run(
+        "finance-qa", lambda spec: spec.update(stages=[*spec["stages"][:1], upper])
+    )
+    status = operator.finish()
+    assert status.state == "Succeeded"
+    assert "finance-qa-02-upper-2" in operator.jobs
+    trained = operator.cluster.objects["Job", "finance-qa-02-upper-2"]
+    text = trained["spec"]["template"]["metadata"]["annotations"][names.ANNOTATION_STAGE_CONFIG]
+    stage = StageConfig.model_validate_json(text).stage
+    assert stage is not None
+    assert stage.epochs == 3.0
+
+
+def test_refusal_that_is_worded_anew_each_time_is_waited_for_all_the_same() -> None:
+    operator = begun()
+    counted = iter(range(1000))
+    operator.cluster.deny = lambda manifest: f"request {next(counted)} was denied"
+    operator.settle()
+    assert operator.status.state == "Queued"
+    asked = next(counted)
+    operator.clock += 29
+    operator.settle()
+    assert next(counted) == asked + 1
+    operator.clock += 2
+    operator.settle()
+    assert next(counted) > asked + 2
+    operator.cluster.deny = lambda manifest: None
+    assert operator.finish().state == "Succeeded"
+
+
+def test_corrected_manifest_is_not_kept_waiting_by_an_earlier_refusal() -> None:
+    operator = begun()
+    operator.cluster.deny = lambda manifest: (
+        "too large" if manifest["kind"] == "PersistentVolumeClaim" else None
+    )
+    operator.settle()
+    operator.cluster.edit_run("finance-qa", lambda spec: spec.update(storage={"claimName": "mine"}))
+    operator.settle()
+    assert operator.jobs == ["finance-qa-prepare"]
+
+
+def test_refused_first_stage_leaves_the_plan_to_be_seen() -> None:
+    operator = begun()
+    operator.settle()
+    operator.cluster.advance()
+    operator.cluster.deny = lambda manifest: "quota" if manifest["kind"] == "Job" else None
+    operator.settle()
+    assert conditions(operator.status)["Planned"] == "True"
+    assert len(operator.status.stages) == 2
+    assert [stage.attempts for stage in operator.status.stages] == [0, 0]
+
+
+def test_finished_run_of_a_much_newer_version_is_inert() -> None:
+    operator = begun()
+    operator.finish()
+    stored = operator.cluster.objects["StagedFineTune", "finance-qa"]["status"]
+    stage = stored["stages"][0]
+    stored["stages"] = [
+        {**stage, "name": f"s{number}", "invention": 1, "other": {"of": "later"}}
+        for number in range(100)
+    ]
+    before = copy.deepcopy(operator.cluster.writes)
+    operator.restart()
+    operator.settle()
+    assert operator.cluster.writes[len(before) :] in ([], [("update", "StagedFineTune/status")])
+    assert operator.status.state == "Succeeded"
+    assert len(operator.status.stages) == 100
+
+
+def test_attempt_that_does_not_survive_its_suspension_does_not_count() -> None:
+    operator = _first_stage_runs({"spec.runtime": {"maxRetries": 0}})
+    operator.cluster.keep_deleted = True
+    operator.cluster.edit_run("finance-qa", lambda spec: spec.update(suspend=True))
+    operator.settle()
+    job = f"finance-qa-{STAGES[0]}"
+    assert "deletionTimestamp" in operator.cluster.objects["Job", job]["metadata"]
+    operator.cluster.advance(lambda config, pod: Ending(exit_code=137, reason="Error"))
+    operator.settle()
+    assert operator.status.state == "Suspended"
+    assert conditions(operator.status)["Suspended"] == "True"
+    operator.cluster.keep_deleted = False
+    del operator.cluster.objects["Job", job]
+    operator.cluster.edit_run("finance-qa", lambda spec: spec.update(suspend=False))
+    assert operator.finish().state == "Succeeded"
+
+
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("number", [1, 2, 3])
+def test_operator_killed_while_it_suspends_a_run_counts_no_failure(
+    number: int, after: bool
+) -> None:
+    operator = _first_stage_runs({"spec.runtime": {"maxRetries": 0}})
+    operator.cluster.edit_run("finance-qa", lambda spec: spec.update(suspend=True))
+    operator.cluster.crash_at = len(operator.cluster.writes) + number
+    operator.cluster.crash_after = after
+    with contextlib.suppress(CrashError):
+        operator.settle()
+    operator.cluster.crash_at = None
+    operator.restart()
+    operator.settle()
+    assert operator.status.state == "Suspended"
+    assert operator.status.stages[0].state == "Interrupted"
+    operator.cluster.edit_run("finance-qa", lambda spec: spec.update(suspend=False))
+    operator.settle()
+    assert operator.status.stages[0].attempts_before == 1
+    assert operator.finish().state == "Succeeded"
+
+
+def test_number_of_any_size_fits_its_column() -> None:
+    operator = _first_stage_runs()
+    pod = operator.cluster.of_kind("Pod")[-1]
+    post = Posted(pod["metadata"]["uid"], 1)
+    post.loss = 1e300
+    operator.progress = {STAGES[0]: post}
+    operator.clock += 1000
+    operator.settle()
+    assert operator.status.loss == "1.000e+300"
+
+
+def test_edit_that_changes_nothing_of_the_plan_is_at_rest() -> None:
+    rate = {"learningRate": 1e-4}
+    operator = begun({"spec.schedule": None, "spec.stages": copy.deepcopy(EXPLICIT)})
+    operator.settle()
+    operator.cluster.advance()
+    operator.settle()
+    operator.cluster.edit_run("finance-qa", lambda spec: spec["stages"][1].update(rate))
+    operator.settle()
+    assert operator.finish().state == "Succeeded"
+
+
+def test_stage_that_is_missing_in_the_status_is_found_again() -> None:
+    operator = _first_stage_runs()
+    operator.cluster.objects["StagedFineTune", "finance-qa"]["status"]["stages"].pop(0)
+    operator.settle()
+    assert [stage.name for stage in operator.status.stages] == ["layers-0-1", "layers-2-3"]
+    assert operator.finish().state == "Succeeded"
+    assert len(operator.jobs) == len(TASKS)
+
+
+@pytest.mark.parametrize("number", range(1, 7))
+def test_status_that_is_wiped_by_hand_is_made_again_from_what_is_there(number: int) -> None:
+    operator = begun()
+    for _ in range(number):
+        operator.settle()
+        operator.cluster.advance()
+    operator.cluster.objects["StagedFineTune", "finance-qa"]["status"] = {}
+    operator.restart()
+    assert operator.finish().state == "Succeeded"
+    assert operator.jobs == [f"finance-qa-{task}" for task in TASKS]
+
+
+def test_job_that_vanishes_each_time_is_not_made_for_ever() -> None:
+    operator = begun({"spec.runtime": {"maxRetries": 0}})
+    for _ in range(10):
+        operator.settle()
+        for name in operator.jobs:
+            del operator.cluster.objects["Job", name]
+    status = operator.status
+    assert status.state == "Failed"
+    (prepare,) = status.tasks
+    assert prepare.attempts == 4
+    assert prepare.last_failure is not None
+    assert "finance-qa-prepare-4 is gone" in prepare.last_failure.message
+
+
+def test_pod_that_has_ended_is_not_queued_while_its_job_takes_note() -> None:
+    operator = _first_stage_runs()
+    operator.cluster.are_jobs_late = True
+    writes = len(operator.cluster.writes)
+    operator.cluster.advance()
+    operator.settle()
+    assert operator.status.state == "Training"
+    assert len(operator.cluster.writes) == writes
+    operator.cluster.are_jobs_late = False
+    assert operator.finish().state == "Succeeded"
+
+
+def test_job_that_a_queue_takes_back_is_shown_as_queued() -> None:
+    operator = begun({"spec.runtime": {"queueName": "team-a"}})
+    operator.settle()
+    job = operator.cluster.objects["Job", "finance-qa-prepare"]
+    job["spec"]["suspend"] = False
+    operator.cluster.start_pods()
+    operator.settle()
+    job["spec"]["suspend"] = True
+    operator.settle()
+    assert operator.status.state == "Queued"
+    assert "team-a" in operator.status.conditions[0].message
+    assert "saves and leaves" in operator.status.conditions[0].message
+    for name in [name for kind, name in operator.cluster.objects if kind == "Pod"]:
+        del operator.cluster.objects["Pod", name]
+    operator.settle()
+    assert "waits to be admitted" in operator.status.conditions[0].message
+    job["spec"]["suspend"] = False
+    operator.cluster.start_pods()
+    operator.settle()
+    assert operator.status.state == "Preparing"
+    assert operator.jobs == ["finance-qa-prepare"]
+
+
+def test_job_that_a_person_suspends_is_said_to_be() -> None:
+    operator = _first_stage_runs()
+    operator.cluster.objects["Job", f"finance-qa-{STAGES[0]}"]["spec"]["suspend"] = True
+    operator.settle()
+    message = operator.status.conditions[0].message
+    assert operator.status.state == "Queued"
+    assert "None" not in message
+    assert f"finance-qa-{STAGES[0]}" in message
+
+
+def test_smaller_micro_batches_do_not_use_up_the_retries() -> None:
+    operator = begun(
+        {
+            "spec.training": {"learningRate": 1e-4, "batchSize": 4, "microBatchSize": 4},
+            "spec.runtime": {"maxRetries": 1},
+        }
+    )
+    left = [fails(FailureClass.INTERNAL, TrainerExitCode.INTERNAL)]
+
+    def script(config: StageConfig, pod: Object) -> Ending:
+        if config.training.micro_batch_size > 1:
+            return Ending(exit_code=137, reason="OOMKilled")
+        return left.pop()(config, pod) if left else succeeds(config, pod)
+
+    status = operator.finish({STAGES[0]: script})
+    assert status.state == "Succeeded"
+    assert (status.stages[0].attempts, status.stages[0].micro_batch_size) == (4, 1)
+
+
+def test_run_that_is_applied_anew_waits_for_what_is_left_of_the_one_before() -> None:
+    operator = begun()
+    operator.settle()
+    operator.cluster.start_pods()
+    del operator.cluster.objects["StagedFineTune", "finance-qa"]
+    operator.settle()
+    manifest = edited(CLUSTER)
+    manifest["metadata"]["uid"] = "11111111-5d8f-4c9a-9a52-0d8f7c1d9a11"
+    operator.cluster.add_run(manifest)
+    operator.settle()
+    assert conditions(operator.status)["Stalled"] == "False"
+    assert "finance-qa-prepare" in operator.status.conditions[0].message
+    del operator.cluster.objects["Job", "finance-qa-prepare"]
+    status = operator.finish()
+    assert status.state == "Succeeded"
+    assert status.tasks[0].disruptions == 0
+
+
+def test_plan_that_is_deleted_is_made_again() -> None:
+    operator = _first_stage_runs()
+    plan = operator.status.plan_digest
+    for name in [name for kind, name in operator.cluster.objects if kind == "ConfigMap"]:
+        del operator.cluster.objects["ConfigMap", name]
+    operator.restart()
+    operator.settle()
+    assert len(operator.cluster.of_kind("ConfigMap")) == 1
+    assert operator.finish().plan_digest == plan
+    assert len(operator.jobs) == len(TASKS)
+
+
+@pytest.mark.parametrize(
+    ("old", "new"), [("{", "["), ('"digest": "', '"digest": "0')], ids=["no JSON", "another plan"]
+)
+def test_plan_that_cannot_be_used_is_made_again_and_followed(old: str, new: str) -> None:
+    operator = _first_stage_runs()
+    (name,) = [name for kind, name in operator.cluster.objects if kind == "ConfigMap"]
+    data = operator.cluster.objects["ConfigMap", name]["data"]
+    data[names.PLAN_FILE] = data[names.PLAN_FILE].replace(old, new, 1)
+    operator.restart()
+    status = operator.finish()
+    assert [stage.name for stage in status.stages] == ["layers-0-1", "layers-2-3"]
+    assert status.state == "Succeeded"
+    assert len(operator.jobs) == len(TASKS)
+
+
+@pytest.mark.parametrize("order", [{"number": 1}, {"number": 1, "fromStage": "layers-2-3"}])
+def test_order_is_obeyed_though_the_plan_is_gone(order: Object) -> None:
+    operator = begun({"spec.runtime": {"maxRetries": 0}})
+    operator.finish({STAGES[1]: fails(FailureClass.INTERNAL, TrainerExitCode.INTERNAL)})
+    for name in [name for kind, name in operator.cluster.objects if kind == "ConfigMap"]:
+        del operator.cluster.objects["ConfigMap", name]
+    operator.restart()
+    operator.cluster.edit_run("finance-qa", lambda spec: spec.update(retry=order))
+    status = operator.finish()
+    assert status.state == "Succeeded"
+    assert f"finance-qa-{STAGES[1]}-2" in operator.jobs
+
+
+def test_report_of_a_trainer_that_ended_well_counts_whatever_became_of_its_job() -> None:
+    operator = begun()
+    operator.settle()
+    operator.cluster.advance()
+    job = operator.cluster.objects["Job", "finance-qa-prepare"]
+    job["status"]["conditions"] = [{"type": "Failed", "status": "True", "message": "a sidecar"}]
+    assert operator.finish().state == "Succeeded"
+    assert len(operator.jobs) == len(TASKS)
+
+
+def test_annotations_and_reports_that_make_no_sense_stop_nothing() -> None:
+    operator = _first_stage_runs()
+    job = operator.cluster.objects["Job", f"finance-qa-{STAGES[0]}"]
+    job["metadata"]["annotations"] = {
+        names.ANNOTATION_INPUTS: "[",
+        names.ANNOTATION_MICRO_BATCH_SIZE: "many",
+    }
+
+    def script(config: StageConfig, pod: Object) -> Ending:
+        timings = Timings(start_time="yesterday", first_step_time="just now")
+        report = report_for(config).model_copy(update={"timings": timings})
+        return Ending(message=report.termination_message())
+
+    assert operator.finish({STAGES[0]: script}).state == "Succeeded"
+    assert len(operator.jobs) == len(TASKS)
+
+
+def test_order_for_a_stage_that_is_not_there_leaves_a_failed_run_as_it_is() -> None:
+    operator = begun()
+    before = operator.finish({STAGES[0]: fails(FailureClass.DIVERGED, TrainerExitCode.DIVERGED)})
+    order = {"number": 1, "fromStage": "layers-9-9"}
+    operator.cluster.edit_run("finance-qa", lambda spec: spec.update(retry=order))
+    operator.settle()
+    assert {**conditions(before), "Validated": "False"} == conditions(operator.status)
+
+
+def test_edit_that_is_refused_moves_the_observed_generation_of_a_finished_run() -> None:
+    operator = begun()
+    before = operator.finish()
+    operator.cluster.edit_run("finance-qa", lambda spec: spec.update(storage=None))
+    operator.settle()
+    status = operator.status
+    assert all(item.observed_generation == 2 for item in status.conditions)
+    assert {**conditions(before), "Validated": "False"} == conditions(status)
+    assert "spec.storage" in next(c.message for c in status.conditions if c.type == "Validated")
+
+
+def _running_pod(operator: Operator) -> Object:
+    """Return the stored pod that is at work."""
+    pods = [item for (kind, _), item in operator.cluster.objects.items() if kind == "Pod"]
+    return next(pod for pod in pods if pod["status"]["phase"] == "Running")
+
+
+def test_pod_that_other_containers_keep_from_ending_is_said_to_be() -> None:
+    operator = _first_stage_runs()
+    pod = _running_pod(operator)
+    times = {"startedAt": "2026-01-01T00:00:00Z", "finishedAt": "2026-01-01T01:00:00Z"}
+    state = {"terminated": {"exitCode": 0, **times}}
+    sidecar = {"name": "istio-proxy", "state": {"running": {}}}
+    trainer = {**pod["status"]["containerStatuses"][0], "state": state}
+    pod["status"]["containerStatuses"] = [sidecar, trainer]
+    operator.settle()
+    message = operator.status.conditions[0].message
+    assert f"other containers keep {pod['metadata']['name']} from ending" in message
+
+
+def test_pod_that_cannot_leave_a_lost_node_is_said_to_be_and_no_second_job_is_made() -> None:
+    operator = _first_stage_runs()
+    pod = _running_pod(operator)
+    pod["metadata"]["deletionTimestamp"] = "2026-01-01T01:00:00Z"
+    pod["status"]["conditions"] = [{"type": "DisruptionTarget", "status": "True"}]
+    jobs = operator.jobs
+    operator.settle()
+    message = operator.status.conditions[0].message
+    assert pod["metadata"]["name"] in message
+    assert "node-1" in message
+    operator.clock += 1000
+    operator.settle()
+    assert operator.jobs == jobs
+    operator.cluster.advance(lambda config, pod: Ending(exit_code=137, is_disrupted=True))
+    status = operator.finish()
+    assert status.state == "Succeeded"
+    assert status.stages[0].disruptions == 1
+
+
+@pytest.mark.parametrize("state", [{}, {"waiting": {"reason": "ContainerCreating"}}])
+def test_pod_that_does_not_start_says_where_the_reason_is(state: Object) -> None:
+    """A Secret that is not there, or a volume that cannot be mounted: the kubelet's events alone
+    say so."""
+    operator = begun()
+    operator.settle()
+    assert "kubectl describe job finance-qa-prepare" in operator.status.conditions[0].message
+    operator.cluster.start_pods()
+    pod = _running_pod(operator)
+    pod["status"] |= {
+        "phase": "Pending",
+        "containerStatuses": [{"name": "trainer", "state": state}],
+    }
+    operator.settle()
+    message = operator.status.conditions[0].message
+    assert f"kubectl describe pod {pod['metadata']['name']}" in message
+
+
+def test_edit_of_the_data_counts_no_attempt_at_preparing() -> None:
+    operator = begun({"spec.runtime": {"maxRetries": 0}})
+    for length in (128, 256, 512, 1024, 64):
+        operator.settle()
+        operator.cluster.start_pods()
+        operator.cluster.edit_run(
+            "finance-qa", lambda spec, length=length: spec["dataset"].update(maxLength=length)
+        )
+    status = operator.finish()
+    assert status.state == "Succeeded"
+    assert operator.jobs[0] == "finance-qa-prepare-6"
