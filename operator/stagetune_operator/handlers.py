@@ -116,7 +116,8 @@ def build_settings() -> kopf.OperatorSettings:
     settings.watching.client_timeout = WATCH_SECONDS + 30
     settings.watching.connect_timeout = 10
     settings.watching.inactivity_timeout = SILENCE_SECONDS
-    settings.watching.chunk_size = 500
+    # A page is in memory whole, three times over: as bytes, as text and as objects.
+    settings.watching.chunk_size = 100
     managed = f"{names.LABEL_MANAGED_BY}={names.MANAGED_BY}"
     settings.watching.label_selectors["batch", "v1", "jobs"] = managed
     settings.watching.label_selectors["", "v1", "pods"] = managed

@@ -1,21 +1,31 @@
 """The documents name what there is: files, settings, states, reasons, metrics and tests."""
 
+import json
 import re
-from datetime import UTC, datetime
+import urllib.request
 from enum import StrEnum
 from pathlib import Path
 
 import pytest
-from prometheus_client import CollectorRegistry
+from prometheus_client import generate_latest
+from prometheus_client.parser import text_string_to_metric_families
 
+from fake_cluster import FACTS
+from manifest_cases import edited
+from operator_process import free_ports
 from stagetune_api.progress import Progress, ProgressKind
-from stagetune_api.report import CheckpointRef, FailureClass
-from stagetune_api.spec import LayerRange
-from stagetune_api.stage import Task
+from stagetune_api.report import CheckpointRef, FailureClass, Outcome, StageReport
+from stagetune_api.spec import StagedFineTune
+from stagetune_api.stage import StageConfig, Task
 from stagetune_api.status import ConditionReason, ConditionType, RunState, StageState
+from stagetune_api.validation import parse_manifest
+from stagetune_operator.estimate import CLUSTER_GPU
+from stagetune_operator.manifests import Owner
 from stagetune_operator.metrics import Metrics
+from stagetune_operator.plan import Plan, make_plan
 from stagetune_operator.progress import ProgressStore
 from stagetune_operator.settings import PREFIX, Settings
+from stagetune_operator.stage_files import build_stage_file, steps_after_prepare
 from stagetune_operator.store import Store
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -96,58 +106,92 @@ def test_page_of_the_operator_explains_every_word_of_a_status(words: type[StrEnu
 
 
 def test_metrics_of_the_operator_are_those_of_the_table() -> None:
-    store = Store()
+    store, progress, metrics = Store(), ProgressStore(), Metrics("1.2.3")
+    stage = {
+        "name": "layers-0-1",
+        "state": StageState.RUNNING,
+        "loss": 1,
+        "validationLoss": 1,
+        "tokensPerSecond": 1,
+        "step": 1,
+        "totalSteps": 2,
+        "measured": {"peakMemoryBytes": 1},
+    }
     metadata = {"namespace": "team", "name": "run", "uid": "u", "creationTimestamp": "2026"}
-    values = {"loss": 1, "validationLoss": 1, "tokensPerSecond": 1, "step": 1, "totalSteps": 2}
-    stage = {"name": "layers-0-1", "state": StageState.RUNNING, **values}
-    stage["measured"] = {"peakMemoryBytes": 1}
-    run = {"metadata": metadata, "status": {"stages": [stage]}}
-    key = store.apply_run("ADDED", run)
-    progress = ProgressStore()
-    numbers = b'[{"name": "learning_rate", "value": "1"}, {"name": "grad_norm", "value": "1"}]'
-    progress.put(key, "01-layers-0-1", "pod", b'{"trainerStatus": {"metrics": %s}}' % numbers)
-    metrics = Metrics("1.2.3")
+    key = store.apply_run("ADDED", {"metadata": metadata, "status": {"stages": [stage]}})
+    pairs = [{"name": name, "value": "1"} for name in ("learning_rate", "grad_norm")]
+    body = json.dumps({"trainerStatus": {"metrics": pairs}}).encode()
+    progress.put(key, "01-layers-0-1", "pod", body)
     metrics.watch_runs(store, progress)
-    metrics.observe_stage(1)
-    metrics.observe_handoff(1)
-    metrics.observe_reconcile(1, True)
     metrics.count_write("Job", "create")
     metrics.count_post("200")
-    assert documented("stagetune_(?!trainer_)") == exported(metrics.registry)
+    exported = families(generate_latest(metrics.registry).decode())
+    assert documented("stagetune_(?!trainer_)") == exported
 
 
-def test_metrics_of_a_trainer_are_those_of_the_table(monkeypatch: pytest.MonkeyPatch) -> None:
-    from stagetune_trainer import prometheus
+def test_metrics_of_a_trainer_are_those_of_the_table() -> None:
+    from stagetune_trainer.prometheus import PrometheusMetrics
 
-    monkeypatch.setattr(prometheus.PrometheusMetrics, "_serve", lambda self, port: None)
-    metrics = prometheus.PrometheusMetrics.__new__(prometheus.PrometheusMetrics)
-    metrics.__init__(_trainer_config(), "layers-0-1", port=1, namespace="team")  # type: ignore[misc]
-    common = {"task": Task.TRAIN, "name": "layers-0-1", "attempt": 1}
-    time = datetime.now(UTC).isoformat()
-    numbers = {"loss": 1.0, "validation_loss": 1.0, "learning_rate": 1.0, "grad_norm": 1.0}
-    counts = {"step": 1, "tokens": 1, "tokens_per_second": 1.0, "peak_memory_bytes": 1}
-    saved = CheckpointRef(path="x", digest="y", step=1)
-    for kind in (ProgressKind.STEP, ProgressKind.CHECKPOINT):
-        line = {**common, **numbers, **counts, "step_seconds": 1.0, "checkpoint": saved}
-        metrics.write(Progress.model_validate({"kind": kind, "time": time, **line}))
-    assert documented("stagetune_trainer_") == exported(metrics._registry)
+    port, *_ = free_ports(1)
+    sink = PrometheusMetrics(first_stage(), "layers-0-1", port=port, namespace="team-a")
+    try:
+        for kind in (ProgressKind.STEP, ProgressKind.CHECKPOINT):
+            sink.write(line_with_everything(kind))
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+            exported = families(answer.read().decode())
+    finally:
+        sink.close(StageReport(name="layers-0-1", attempt=1, outcome=Outcome.SUCCEEDED))
+    assert documented("stagetune_trainer_") == exported
 
 
-def documented(prefix: str) -> dict[str, tuple[str, frozenset[str]]]:
-    """Return the metrics of docs/metrics.md with type and labels, by name."""
+def first_stage() -> StageConfig:
+    """Return the stage file of a run's first stage."""
+    manifest = parse_manifest(edited({"spec.dataset.source": "pvc://rows/finance.jsonl"}))
+    assert isinstance(manifest, StagedFineTune)
+    plan = make_plan(manifest.spec, FACTS, CLUSTER_GPU)
+    assert isinstance(plan, Plan)
+    owner = Owner(name="finance-qa", namespace="team-a", uid="0c4a3e62")
+    step, *_ = steps_after_prepare(plan.stages)
+    return build_stage_file(owner, manifest.spec, step, facts=FACTS, stages=plan.stages)
+
+
+def line_with_everything(kind: ProgressKind) -> Progress:
+    return Progress(
+        kind=kind,
+        task=Task.TRAIN,
+        name="layers-0-1",
+        attempt=1,
+        time="2026-01-01T00:00:00.000Z",
+        step=1,
+        loss=1.0,
+        validation_loss=1.0,
+        learning_rate=1.0,
+        grad_norm=1.0,
+        tokens=1,
+        tokens_per_second=1.0,
+        step_seconds=1.0,
+        peak_memory_bytes=1,
+        checkpoint=CheckpointRef(path="x", digest="y", step=1),
+    )
+
+
+Families = dict[str, tuple[str, frozenset[str]]]
+
+
+def documented(prefix: str) -> Families:
+    """Return type and labels of each metric in docs/metrics.md."""
     found = rows("metrics.md", rf"`({prefix}\w+)` \| (\w+) \| ([^|]+)")
     return {name: (kind, frozenset(re.findall(r"`(\w+)`", labels))) for name, kind, labels in found}
 
 
-def exported(registry: CollectorRegistry) -> dict[str, tuple[str, frozenset[str]]]:
-    """Return the same of what a registry holds; each family needs a sample to show its labels."""
-    found = {}
-    for family in registry.collect():
-        if not family.name.startswith("stagetune_"):
+def families(text: str) -> Families:
+    """Return type and labels of each of our metrics in what is scraped."""
+    found: Families = {}
+    for family in text_string_to_metric_families(text):
+        if not family.name.startswith("stagetune_") or family.name.endswith("_created"):
             continue
-        kind = "gauge" if family.type == "info" else family.type
-        ending = {"info": "_info", "counter": "_total"}.get(family.type, "")
-        assert family.samples, family.name
+        assert family.samples, f"{family.name} needs a sample to show its labels"
+        name = f"{family.name}_total" if family.type == "counter" else family.name
         labels = {label for sample in family.samples for label in sample.labels} - {"le"}
-        found[family.name + ending] = (kind, frozenset(labels))
+        found[name] = (family.type, frozenset(labels))
     return found
