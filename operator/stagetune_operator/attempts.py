@@ -56,6 +56,9 @@ def advance(run: RunPass, step: Step) -> Standing | None:
     if record.state is StageState.SUCCEEDED and record.attempts >= job.attempt:
         return None
     match job.phase:
+        case JobPhase.ACTIVE if _has_ended_well(run, step, job):
+            # The Job takes note seconds later; what it would say is known.
+            return _take_over(run, step, job)
         case JobPhase.ACTIVE:
             return _follow(run, step, job)
         case JobPhase.SUCCEEDED:
@@ -328,6 +331,13 @@ def report_of(run: RunPass, job: JobView) -> StageReport | None:
         if pod.exit_code == 0 and pod.report is not None:
             return pod.report
     return None
+
+
+def _has_ended_well(run: RunPass, step: Step, job: JobView) -> bool:
+    """Whether the Job's last pod did the task and is over, so that its GPU is free."""
+    pods = run.objects.pods_of(job)
+    is_over = bool(pods) and pods[-1].phase == "Succeeded"
+    return is_over and _result_of(run, step, job) is not None
 
 
 def _result_of(run: RunPass, step: Step, job: JobView) -> StageReport | None:

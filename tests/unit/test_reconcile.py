@@ -1021,11 +1021,22 @@ def test_job_that_vanishes_each_time_is_not_made_for_ever() -> None:
     assert "finance-qa-prepare-4 is gone" in prepare.last_failure.message
 
 
-def test_pod_that_has_ended_is_not_queued_while_its_job_takes_note() -> None:
+def test_next_stage_does_not_wait_until_the_job_takes_note_of_a_good_end() -> None:
+    operator = _first_stage_runs()
+    operator.cluster.are_jobs_late = True
+    operator.cluster.advance()
+    operator.settle()
+    assert operator.jobs[-1] == f"finance-qa-{STAGES[1]}"
+    operator.cluster.are_jobs_late = False
+    assert operator.finish().state == "Succeeded"
+    assert len(operator.jobs) == len(TASKS)
+
+
+def test_pod_that_has_failed_is_not_queued_while_its_job_takes_note() -> None:
     operator = _first_stage_runs()
     operator.cluster.are_jobs_late = True
     writes = len(operator.cluster.writes)
-    operator.cluster.advance()
+    operator.cluster.advance(fails(FailureClass.INTERNAL, TrainerExitCode.INTERNAL))
     operator.settle()
     assert operator.status.state == "Training"
     assert len(operator.cluster.writes) == writes
