@@ -2,8 +2,9 @@
 
 The watches feed it and everything that only wants to know reads it, so that a run with nothing to
 do costs no call. It may be behind: a watch is late, or a list is answered from a server's cache.
-Nothing may be done on its word alone. Whoever acts reads the live objects first and decides again,
-so an older event that comes twice costs a look and does no harm.
+Nothing may be done on its word alone. Whoever acts reads the live objects first and decides again.
+But whoever finds nothing to do does not look, so an event that is older than what is known already
+is passed over: nothing might come after it to put things right.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -81,12 +82,12 @@ class Store:
                 "spec": _trimmed_pod_spec(body),
                 "status": _trimmed_pod_status(body),
             }
-            _apply(self._pods, key, event_type, trimmed)
             uid = body["metadata"]["uid"]
-            if event_type == DELETED:
+            newest = _apply(self._pods, key, event_type, trimmed)
+            if newest is None:
                 self._pods_by_uid.pop(uid, None)
             else:
-                self._pods_by_uid[uid] = trimmed
+                self._pods_by_uid[uid] = newest
         return key
 
     def snapshot(self, key: RunKey) -> Snapshot:
@@ -138,12 +139,23 @@ class Store:
 
 def _apply(
     objects: dict[RunKey, dict[str, Object]], key: RunKey, event_type: str | None, item: Object
-) -> None:
+) -> Object | None:
+    """Take in an event and return the object as it is known now; None if it is gone."""
     uid = item["metadata"]["uid"]
     if event_type == DELETED:
         _drop(objects, key, uid)
-    else:
-        objects.setdefault(key, {})[uid] = item
+        return None
+    by_uid = objects.setdefault(key, {})
+    # A list is what a watch begins anew with: all that came later comes again.
+    if event_type is None or _version(item) >= _version(by_uid.get(uid)):
+        by_uid[uid] = item
+    return by_uid[uid]
+
+
+def _version(item: Object | None) -> int:
+    """Return the resourceVersion; of one kind they can be compared as numbers (KEP-5504)."""
+    text = item["metadata"].get("resourceVersion", "") if item is not None else ""
+    return int(text) if text.isdecimal() else 0
 
 
 def _drop(objects: dict[RunKey, dict[str, Object]], key: RunKey, uid: str) -> None:

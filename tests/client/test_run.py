@@ -23,7 +23,7 @@ from stagetune_api.report import FailureClass
 from stagetune_api.status import ConditionStatus, ConditionType, RunState, StagedFineTuneStatus
 
 WriteManifest = Callable[..., Path]
-TIMEOUT_SECONDS = 300
+TIMEOUT_SECONDS = 900
 
 
 def start(manifest: Path, run_directory: Path) -> "subprocess.Popen[str]":
