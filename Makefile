@@ -7,7 +7,7 @@ PYTHON ?= python3
 UV := $(or $(shell command -v uv 2>/dev/null),$(CACHE)/uv-$(UV_VERSION)/bin/uv)
 RUN := $(UV) run --frozen --no-sync
 
-.PHONY: help setup quickstart test cluster-up cluster-down cluster-demo lint crds manifests images bench-flops clean
+.PHONY: help setup quickstart test cluster-up cluster-down cluster-demo lint crds manifests images bench-flops bench-handover bench-operator clean
 
 help:  ## Show these commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/ \t/' | expand -t 16
@@ -76,6 +76,12 @@ images:  ## Build both images; IMAGE_PREFIX, TAG, BASE_IMAGE, CA_BUNDLE and BUIL
 
 bench-flops: setup  ## Count the FLOPs of a stage's step relative to full fine-tuning
 	$(RUN) python benchmarks/stage_flops.py
+
+bench-handover: setup  ## Time the hand-overs from stage to stage on a real node, as root
+	PYTHONPATH=tests/support $(RUN) python benchmarks/handover.py
+
+bench-operator: setup  ## Time the operator alone with a thousand runs on a control plane
+	PYTHONPATH=tests/support $(RUN) python benchmarks/operator_scale.py
 
 clean:  ## Remove the environment and the runs
 	rm -rf .venv runs examples/quickstart/inputs

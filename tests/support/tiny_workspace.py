@@ -12,7 +12,7 @@ CHATML_TEMPLATE = (
 PAIRS = [("red", "blue"), ("one", "two"), ("cat", "dog"), ("sun", "moon"), ("up", "down")]
 
 
-def build_workspace(root: Path) -> Path:
+def build_workspace(root: Path, *, num_layers: int = 4) -> Path:
     """Put a tiny Llama and 40 rows of questions and answers into `root` and return it."""
     import torch
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
@@ -43,7 +43,7 @@ def build_workspace(root: Path) -> Path:
                 vocab_size=len(fast),
                 hidden_size=32,
                 intermediate_size=64,
-                num_hidden_layers=4,
+                num_hidden_layers=num_layers,
                 num_attention_heads=4,
                 num_key_value_heads=2,
                 bos_token_id=None,
