@@ -42,8 +42,9 @@ Object = dict[str, Any]
 PARTS = {
     "publish": "last step -> report on the volume",
     "exit": "report -> container's process has ended",
-    "notice": "process ended -> pod's end in the API",
-    "decide": "pod's end in the API -> next Job in the API",
+    "notice": "process ended -> container's end in the API",
+    "release": "container's end -> pod's end (phase) in the API",
+    "decide": "pod's end -> next Job in the API",
     "schedule": "Job in the API -> its pod bound to the node",
     "start": "pod bound -> process of its container began",
     "imports": "interpreter and imports",
@@ -124,6 +125,8 @@ class Timeline:
             told.add("Job")
         elif item["spec"].get("nodeName"):
             told.add("Bound")
+            if item["status"].get("phase") in ("Succeeded", "Failed"):
+                told.add("Over")
             for container in item["status"].get("containerStatuses", []):
                 if "terminated" in container["state"]:
                     told.add("Ended")
@@ -175,14 +178,15 @@ def split(
 ) -> dict[str, float]:
     """Return the parts of the hand-over from one stage to the next, in seconds."""
     exited = ended[timeline.containers[run, old.task]]
-    told = timeline.moments[run, old.task, "Ended"]
+    told, over = (timeline.moments[run, old.task, what] for what in ("Ended", "Over"))
     job, bound = (timeline.moments[run, new.task, what] for what in ("Job", "Bound"))
     loaded = new.began + new.imports + new.load
     parts = {
         "publish": old.written - old.last_step,
         "exit": exited - old.written,
         "notice": told - exited,
-        "decide": job - told,
+        "release": over - told,
+        "decide": job - over,
         "schedule": bound - job,
         "start": new.began - bound,
         "imports": new.imports,
@@ -350,7 +354,7 @@ def main() -> int:
         "containerd": CONTAINERD.version,
         "niceness": os.nice(0),
         "load": {"before": round(load[0], 2), "after": round(load[1], 2)},
-        "busyProcessors": {"clusterAtRest": round(before, 2), "during": round(during, 2)},
+        "busyProcessors": {"before": round(before, 2), "during": round(during, 2)},
         "otherNodes": {"before": nodes[0], "after": nodes[1]},
         "note": given.note,
     }
