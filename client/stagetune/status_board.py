@@ -5,7 +5,6 @@ status to status; this class only holds the newest and writes it.
 """
 
 from collections.abc import Callable, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -24,15 +23,12 @@ from stagetune_api.status import (
     StageState,
     StageStatus,
     format_duration,
+    progress_column,
+    utc_now,
     with_condition,
 )
 
 TRUE, FALSE, UNKNOWN = ConditionStatus.TRUE, ConditionStatus.FALSE, ConditionStatus.UNKNOWN
-
-
-def utc_now() -> str:
-    """Return the time as RFC 3339 in UTC, to the second."""
-    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 class StatusBoard:
@@ -207,13 +203,8 @@ class StatusBoard:
     def _columns(self, index: int) -> None:
         """Bring the ready-made strings of the columns up to date."""
         stage = self.status.stages[index]
-        total = sum(item.total_steps for item in self.status.stages)
-        done = sum(
-            item.total_steps if item.state is StageState.SUCCEEDED else item.step
-            for item in self.status.stages
-        )
         self._update(
-            progress=f"{100 * done // max(total, 1)}%",
+            progress=progress_column(self.status.stages),
             loss="" if stage.loss is None else f"{stage.loss:.4f}",
             eta="" if stage.eta_seconds is None else format_duration(stage.eta_seconds),
         )

@@ -112,11 +112,6 @@ class TrainerExitCode(IntEnum):
     INTERNAL = 47
 
 
-def job_name(run: str, task: str, attempt: int) -> str:
-    """Return the name of the Job for `task`, at most 63 characters for any name that is allowed."""
-    return f"{run}-{task}" if attempt == 1 else f"{run}-{task}-{attempt}"
-
-
 class RunLayout:
     """Where everything of one run lies on its volume (docs/architecture.md, "The volume")."""
 

@@ -1,6 +1,7 @@
 """Status: what a run says about itself, the same on a cluster and on one machine."""
 
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Annotated
 
@@ -270,6 +271,26 @@ def with_condition(
     kept = [item for item in conditions if item.type is not type]
     order = list(ConditionType)
     return sorted([*kept, condition], key=lambda item: order.index(item.type))
+
+
+def utc_now() -> str:
+    """Return the time as RFC 3339 in UTC, to the second: what conditions are dated with."""
+    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+
+
+def progress_column(stages: Sequence[StageStatus]) -> str:
+    """Return the part of all planned steps that is done, as `43%`; empty without a plan.
+
+    A stage that ended early counts whole.
+    """
+    total = sum(stage.total_steps for stage in stages)
+    done = sum(
+        stage.total_steps
+        if stage.state is StageState.SUCCEEDED
+        else min(stage.step, stage.total_steps)
+        for stage in stages
+    )
+    return f"{100 * done // total}%" if total else ""
 
 
 def format_duration(seconds: float) -> str:

@@ -5,6 +5,7 @@ task is done.
 """
 
 from stagetune_api.report import Failure, FailureClass, StageReport
+from stagetune_api.spec import RuntimeSpec
 from stagetune_api.stage import Task
 from stagetune_api.status import ConditionReason, RunState, StageState, StageStatus
 from stagetune_operator.conditions import Standing
@@ -95,7 +96,7 @@ def _gone_too_often(run: RunPass, step: Step) -> Standing | None:
 
 
 def _max_retries(run: RunPass) -> int:
-    return run.spec.runtime.max_retries if run.spec.runtime else 3
+    return (run.spec.runtime or RuntimeSpec()).max_retries
 
 
 def _start(run: RunPass, step: Step) -> Standing:

@@ -16,6 +16,7 @@ from stagetune_api.status import (
     StagedFineTuneStatus,
     StageState,
     format_duration,
+    progress_column,
     with_condition,
 )
 
@@ -127,28 +128,21 @@ def _of(value: bool) -> ConditionStatus:
 def _columns(status: StagedFineTuneStatus, standing: Standing) -> dict[str, str]:
     """Return the ready-made strings of the printer columns."""
     stages = status.stages
-    total = sum(stage.total_steps for stage in stages)
-    done = sum(
-        stage.total_steps
-        if stage.state is StageState.SUCCEEDED
-        else min(stage.step, stage.total_steps)
-        for stage in stages
-    )
     current = next(
         (index for index, stage in enumerate(stages) if stage.state is not StageState.SUCCEEDED),
         None,
     )
+    loss = next((stage.loss for stage in reversed(stages) if stage.loss is not None), None)
+    columns = {"loss": "" if loss is None else _short(loss), "eta": ""}
     if standing.state is RunState.SUCCEEDED:
-        return {"stage": f"{len(stages)}/{len(stages)}", "progress": "100%", "eta": ""}
-    columns = {"progress": f"{100 * done // total}%" if total else "", "eta": ""}
+        return {**columns, "stage": f"{len(stages)}/{len(stages)}", "progress": "100%"}
+    columns["progress"] = progress_column(stages)
     if current is None:
         return {**columns, "stage": f"{len(stages)}/{len(stages)}" if stages else ""}
     stage = stages[current]
     columns["stage"] = f"{current + 1}/{len(stages)} {stage.name}"
     if stage.eta_seconds is not None and stage.state is StageState.RUNNING:
         columns["eta"] = format_duration(stage.eta_seconds)
-    shown = stage if stage.loss is not None or current == 0 else stages[current - 1]
-    columns["loss"] = "" if shown.loss is None else _short(shown.loss)
     return columns
 
 

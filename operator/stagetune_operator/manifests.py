@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from stagetune_api import names
 from stagetune_api.artifact import digest_of_json
 from stagetune_api.names import TrainerExitCode
-from stagetune_api.spec import Quantity, RetainPolicy, StagedFineTuneSpec, StorageSpec
+from stagetune_api.spec import Quantity, RetainPolicy, RuntimeSpec, StagedFineTuneSpec, StorageSpec
 from stagetune_api.stage import StageConfig, Task
 from stagetune_api.validation import sources_of
 from stagetune_operator.settings import Settings
@@ -80,7 +80,7 @@ def job_name(run: str, task: str, attempt: int) -> str:
 
     Only the hundredth attempt of a task with the longest names has to be cut.
     """
-    name = names.job_name(run, task, attempt)
+    name = f"{run}-{task}" if attempt == 1 else f"{run}-{task}-{attempt}"
     if len(name) <= _JOB_NAME_MAX_LENGTH:
         return name
     end = f"-{digest_of_json(name)[:8]}-{attempt}"
@@ -205,7 +205,7 @@ def _pod_failure_policy() -> Object:
 def _pod_spec(
     owner: Owner, spec: StagedFineTuneSpec, settings: Settings, order: JobOrder
 ) -> Object:
-    runtime = spec.runtime
+    runtime = spec.runtime or RuntimeSpec()
     volumes, mounts = _volumes(spec, settings, order)
     user = settings.trainer_user_id
     pod: Object = {
@@ -213,7 +213,7 @@ def _pod_spec(
         "serviceAccountName": settings.trainer_service_account,
         "automountServiceAccountToken": False,
         "enableServiceLinks": False,
-        "terminationGracePeriodSeconds": runtime.grace_period_seconds if runtime else 120,
+        "terminationGracePeriodSeconds": runtime.grace_period_seconds,
         "securityContext": {
             "runAsNonRoot": True,
             "runAsUser": user,
@@ -230,8 +230,6 @@ def _pod_spec(
         pod["imagePullSecrets"] = [{"name": name} for name in settings.image_pull_secrets]
     if order.preferred_node is not None:
         pod["affinity"] = _prefer_node(order.preferred_node)
-    if runtime is None:
-        return pod
     if runtime.priority_class_name is not None:
         pod["priorityClassName"] = runtime.priority_class_name
     if runtime.node_selector:

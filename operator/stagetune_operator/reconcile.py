@@ -9,7 +9,6 @@ import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from typing import NamedTuple, Protocol
 
 from stagetune_api.report import FailureClass
@@ -18,6 +17,7 @@ from stagetune_api.status import (
     RunState,
     StagedFineTuneStatus,
     StageState,
+    utc_now,
 )
 from stagetune_operator.conditions import Standing, with_standing
 from stagetune_operator.decide import Decision, decide
@@ -82,11 +82,6 @@ class Observer(Protocol):
     def observe_stage(self, seconds: float) -> None: ...
     def observe_handoff(self, seconds: float) -> None: ...
     def count_failure(self, failure_class: FailureClass) -> None: ...
-
-
-def utc_now() -> str:
-    """Return the time as RFC 3339 in UTC, to the second."""
-    return datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 @dataclass(kw_only=True)

@@ -25,12 +25,13 @@ import pytest
 from fake_cluster import report_for
 from local_cluster.api import Cluster
 from local_cluster.binaries import BinariesUnavailableError
+from local_cluster.control_plane import free_ports
 from local_cluster.processes import Process, end_process, start_process, wait_until
 from local_cluster.programs import provide_prometheus
 from local_cluster.testing import make_tell
 from local_cluster.volumes import CLASS, make_volume
 from manifest_cases import edited
-from operator_process import OperatorProcess, free_ports
+from operator_process import OperatorProcess
 from pod_programs import Ended, NeverStarts, Program, Runs
 from stagetune_api import names
 from stagetune_api.names import TrainerExitCode
@@ -49,6 +50,25 @@ CLAIM = "shared"
 ROWS = 1000
 STAGE, TASK = "layers-0-1", "01-layers-0-1"
 STOPPED = Ended(exit_code=int(TrainerExitCode.INTERRUPTED))
+
+HUGGING_FACE_TRAINING = """
+import sys
+from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
+from transformers.integrations import KubeflowCallback
+
+# Two steps take less than the seconds that the callback leaves between its posts.
+KubeflowCallback._MIN_UPDATE_INTERVAL = 0.0
+sizes = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1}
+model = LlamaForCausalLM(LlamaConfig(vocab_size=16, num_attention_heads=1, **sizes))
+rows = [{"input_ids": [1, 2, 3], "labels": [1, 2, 3]}] * 4
+arguments = TrainingArguments(
+    sys.argv[1], max_steps=2, logging_steps=1, per_device_train_batch_size=2, use_cpu=True,
+    save_strategy="no", disable_tqdm=True, report_to=["kubeflow"],
+)
+trainer = Trainer(model, arguments, train_dataset=rows)
+trainer.train()
+print([line["loss"] for line in trainer.state.log_history if "loss" in line][-1])
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -416,6 +436,28 @@ def test_post_with_a_token_that_is_not_of_this_tasks_pod_changes_nothing(
     told = re.findall(r'stagetune_run_step{[^}]*run="held"[^}]*} (\S+)', operator.metrics())
     assert told
     assert 77 not in {float(value) for value in told}
+
+
+def test_hugging_face_trainer_reports_without_a_change_of_its_code(
+    world: World, runs: None, tmp_path: Path
+) -> None:
+    pod = world.pod("held")
+    done = subprocess.run(
+        [sys.executable, "-c", HUGGING_FACE_TRAINING, str(tmp_path / "out")],
+        env=pod_environment(pod, world.token(pod), tmp_path),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=TRAINER_SECONDS,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    loss = float(done.stdout.splitlines()[-1])
+    wait_until(
+        lambda: world.stage("held").get("loss") == pytest.approx(loss),
+        what=f"a loss of {loss}",
+        seconds=SECONDS,
+    )
+    assert world.stage("held")["step"] == 2
 
 
 def check_metrics(programs: Path, text: str) -> None:

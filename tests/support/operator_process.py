@@ -2,12 +2,12 @@
 
 import os
 import signal
-import socket
 import sys
 import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
 
+from local_cluster.control_plane import free_ports
 from local_cluster.processes import Process, end_process, is_running, start_process, wait_until
 
 START_SECONDS = 60
@@ -97,18 +97,6 @@ class OperatorProcess:
             return bool(self.metrics())
         except OSError:
             return False
-
-
-def free_ports(number: int) -> list[int]:
-    """Return ports of 127.0.0.1 that nobody listens on."""
-    sockets = [socket.socket() for _ in range(number)]
-    try:
-        for item in sockets:
-            item.bind(("127.0.0.1", 0))
-        return [item.getsockname()[1] for item in sockets]
-    finally:
-        for item in sockets:
-            item.close()
 
 
 def _get(url: str) -> str:

@@ -11,8 +11,8 @@ from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from fake_cluster import FACTS
+from local_cluster.control_plane import free_ports
 from manifest_cases import edited
-from operator_process import free_ports
 from stagetune_api.progress import Progress, ProgressKind
 from stagetune_api.report import CheckpointRef, FailureClass, Outcome, StageReport
 from stagetune_api.spec import StagedFineTune

@@ -126,7 +126,7 @@ class _Start:
         names |= {f"node={name}" for name in self.place.nodes}
         command = [str(self.binaries / "certificates"), str(self.keys), *sorted(names)]
         subprocess.run(command, check=True)
-        etcd, peers, metrics, server, manager, scheduler = _free_ports(6)
+        etcd, peers, metrics, server, manager, scheduler = free_ports(6)
         admin = self._client_context()
         url = f"https://{self.place.address}:{server}"
         config = self.directory / "unfinished.json"
@@ -215,7 +215,7 @@ class _Start:
         return context
 
 
-def _free_ports(number: int) -> list[int]:
+def free_ports(number: int) -> list[int]:
     """Return ports that nobody listens on. Another program may still be faster to take one."""
     found: list[int] = []
     for port in random.sample(PORTS, len(PORTS)):
