@@ -21,7 +21,7 @@ from stagetune_operator.errors import (
     UnavailableError,
     error_of,
 )
-from stagetune_operator.keys import RunKey, TokenIdentity
+from stagetune_operator.keys import RunKey, TokenIdentity, run_of, version_of
 from stagetune_operator.resources import Collection
 from stagetune_operator.views import Object
 
@@ -179,8 +179,10 @@ class Cluster:
             pod_uid=_only(extra, "authentication.kubernetes.io/pod-uid"),
         )
 
-    async def list_uids(self, where: Collection, namespace: str | None) -> set[str]:
-        """Return the uids of all runs, or of all Jobs or pods of runs, that there are now.
+    async def list_versions(
+        self, where: Collection, namespace: str | None
+    ) -> dict[str, tuple[RunKey | None, int]]:
+        """Return the run and the resourceVersion of all runs, Jobs or pods of runs, by uid.
 
         Only metadata is sent. Without a resourceVersion the server answers with what is stored and
         not with what it remembers, so what is not in the list is gone.
@@ -190,7 +192,13 @@ class Cluster:
             query["labelSelector"] = f"{names.LABEL_MANAGED_BY}={names.MANAGED_BY}"
         accept = "application/json;as=PartialObjectMetadataList;g=meta.k8s.io;v=v1"
         items = await self._pages(where.path(namespace), query, accept)
-        return {item["metadata"]["uid"] for item in items}
+        return {
+            item["metadata"]["uid"]: (
+                run_of(item, is_run=where is Collection.RUNS),
+                version_of(item),
+            )
+            for item in items
+        }
 
     async def is_reachable(self) -> bool:
         """Return whether the API server answers at all."""

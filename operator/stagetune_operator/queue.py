@@ -153,7 +153,7 @@ class RunQueue:
         return base * self._jitter.uniform(1, 1 + _BACKOFF_JITTER)
 
     async def _resync(self) -> None:
-        """Have every run looked at in turn, so that nothing depends on an event that was missed."""
+        """Have every run looked at in turn: what only time changes brings no event."""
         while True:
             await asyncio.sleep(self._resync_seconds * self._jitter.uniform(0.9, 1.1))
             spread = self._resync_seconds * _RESYNC_SPREAD

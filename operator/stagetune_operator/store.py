@@ -4,14 +4,14 @@ The watches feed it and everything that only wants to know reads it, so that a r
 do costs no call. It may be behind: a watch is late, or a list is answered from a server's cache.
 Nothing may be done on its word alone. Whoever acts reads the live objects first and decides again.
 But whoever finds nothing to do does not look, so an event that is older than what is known already
-is passed over: nothing might come after it to put things right.
+is passed over, and `sweep` holds it all against the server now and then.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from stagetune_api import names
-from stagetune_operator.keys import RunKey
+from stagetune_operator.keys import RunKey, run_of, version_of
 from stagetune_operator.views import Object
 
 DELETED = "DELETED"
@@ -59,7 +59,7 @@ class Store:
         Kept are its metadata, whether it is suspended, and its conditions: what it was made from is
         known by its digest.
         """
-        key = _labelled_run(body)
+        key = run_of(body)
         if key is not None:
             trimmed = {
                 "metadata": _trimmed_metadata(body),
@@ -75,7 +75,7 @@ class Store:
         Of the spec only the node and the containers' resources are kept, of the status what says
         how the containers are.
         """
-        key = _labelled_run(body)
+        key = run_of(body)
         if key is not None:
             trimmed = {
                 "metadata": _trimmed_metadata(body),
@@ -111,17 +111,17 @@ class Store:
         """Return the pod, if it was heard of and not heard to be gone."""
         return self._pods_by_uid.get(uid)
 
-    def run_uids(self, namespace: str | None = None) -> set[str]:
-        """Return the uids of all runs, or of those in `namespace`."""
-        return _uids(self._runs, namespace)
+    def run_versions(self, namespace: str | None = None) -> dict[str, int]:
+        """Return the resourceVersions of all runs, or of those in `namespace`, by uid."""
+        return _versions(self._runs, namespace)
 
-    def job_uids(self, namespace: str | None = None) -> set[str]:
-        """Return the uids of all Jobs, or of those in `namespace`."""
-        return _uids(self._jobs, namespace)
+    def job_versions(self, namespace: str | None = None) -> dict[str, int]:
+        """Return those of all Jobs, or of those in `namespace`."""
+        return _versions(self._jobs, namespace)
 
-    def pod_uids(self, namespace: str | None = None) -> set[str]:
-        """Return the uids of all pods, or of those in `namespace`."""
-        return _uids(self._pods, namespace)
+    def pod_versions(self, namespace: str | None = None) -> dict[str, int]:
+        """Return those of all pods, or of those in `namespace`."""
+        return _versions(self._pods, namespace)
 
     def forget(self, uids: Iterable[str]) -> set[RunKey]:
         """Drop the objects with these uids and return the runs that they belonged to."""
@@ -147,15 +147,9 @@ def _apply(
         return None
     by_uid = objects.setdefault(key, {})
     # A list is what a watch begins anew with: all that came later comes again.
-    if event_type is None or _version(item) >= _version(by_uid.get(uid)):
+    if event_type is None or version_of(item) >= version_of(by_uid.get(uid)):
         by_uid[uid] = item
     return by_uid[uid]
-
-
-def _version(item: Object | None) -> int:
-    """Return the resourceVersion; of one kind they can be compared as numbers (KEP-5504)."""
-    text = item["metadata"].get("resourceVersion", "") if item is not None else ""
-    return int(text) if text.isdecimal() else 0
 
 
 def _drop(objects: dict[RunKey, dict[str, Object]], key: RunKey, uid: str) -> None:
@@ -172,12 +166,6 @@ def _newest(by_uid: Mapping[str, Object]) -> Object | None:
     """
     runs = reversed(list(by_uid.values()))
     return max(runs, key=lambda run: str(run["metadata"]["creationTimestamp"]), default=None)
-
-
-def _labelled_run(body: Object) -> RunKey | None:
-    metadata = body["metadata"]
-    name = (metadata.get("labels") or {}).get(names.LABEL_RUN)
-    return None if name is None else RunKey(metadata["namespace"], name)
 
 
 def _trimmed_metadata(body: Object) -> Object:
@@ -216,10 +204,12 @@ def _only(item: Object, fields: Sequence[str]) -> Object:
     return {name: item[name] for name in fields if name in item}
 
 
-def _uids(objects: Mapping[RunKey, Mapping[str, Object]], namespace: str | None) -> set[str]:
+def _versions(
+    objects: Mapping[RunKey, Mapping[str, Object]], namespace: str | None
+) -> dict[str, int]:
     return {
-        uid
+        uid: version_of(item)
         for key, by_uid in objects.items()
-        if namespace is None or key.namespace == namespace
-        for uid in by_uid
+        if namespace in (None, key.namespace)
+        for uid, item in by_uid.items()
     }

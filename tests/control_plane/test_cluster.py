@@ -138,8 +138,12 @@ def test_objects_are_created_once_and_found_by_their_run(site: Site) -> None:
         assert plan["data"] == {"plan": "{}"}
         assert await cluster.read_claim(site.namespace, "finance") is not None
         # The other one lacks the label of what the operator manages.
-        assert await cluster.list_uids(Collection.JOBS, site.namespace) == {
-            found["metadata"]["uid"]
+        listed = await cluster.list_versions(Collection.JOBS, site.namespace)
+        assert listed == {
+            found["metadata"]["uid"]: (
+                RunKey(site.namespace, "finance"),
+                int(found["metadata"]["resourceVersion"]),
+            )
         }
 
     site.calls(visit)
@@ -153,7 +157,7 @@ def test_a_long_list_is_read_to_its_end(site: Site, monkeypatch: pytest.MonkeyPa
         for number in range(5):
             await cluster.create(site.job(f"finance-{number}", labels=labels))
         assert len(await cluster.list_jobs(RunKey(site.namespace, "finance"))) == 5
-        assert len(await cluster.list_uids(Collection.JOBS, site.namespace)) == 5
+        assert len(await cluster.list_versions(Collection.JOBS, site.namespace)) == 5
 
     site.calls(visit)
 

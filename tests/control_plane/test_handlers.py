@@ -201,6 +201,32 @@ def test_what_went_away_unseen_is_swept(site: Site) -> None:
     visit(main)
 
 
+def test_what_changed_unheard_is_learned(site: Site) -> None:
+    key = RunKey(site.namespace, "finance")
+    changed: list[RunKey] = []
+
+    async def main() -> None:
+        run = await site.create_run("finance")
+        labels = {**MANAGED, names.LABEL_RUN: "finance"}
+        job = await site.create_job("finance-prepare", labels)
+        await site.create_job("unrelated", {names.LABEL_RUN: "finance"})
+        # No watch: the store was told of the run once, and of its Job never.
+        site.store.apply_run("ADDED", run)
+        path = Collection.RUNS.path(site.namespace, "finance")
+        edited_run = {**run, "spec": {**run["spec"], "suspend": True}}
+        await site.send("PUT", path, edited_run)
+        async with connect() as client:
+            sweeper = Sweeper(Cluster(client), site.store, [site.namespace], changed.append)
+            await sweeper.sweep()
+            snapshot = site.store.snapshot(key)
+            assert snapshot.run is not None
+            assert snapshot.run["spec"]["suspend"] is True
+            assert [item["metadata"]["uid"] for item in snapshot.jobs] == [job["metadata"]["uid"]]
+            assert changed == [key]
+
+    visit(main)
+
+
 RIGHTS = {
     "kind": "Role",
     "apiVersion": "rbac.authorization.k8s.io/v1",

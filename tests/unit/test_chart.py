@@ -217,7 +217,7 @@ async def visit_everything(cluster: Cluster) -> set[str]:
         cluster.write_status(run, {}),
         cluster.post_event(run, "Normal", "Planned", "planned"),
         cluster.review_token("token", names.PROGRESS_AUDIENCE),
-        *(cluster.list_uids(where, None) for where in WATCHED),
+        *(cluster.list_versions(where, None) for where in WATCHED),
         cluster.is_reachable(),
     ]
     for call in calls:

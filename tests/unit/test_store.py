@@ -133,10 +133,10 @@ def test_what_nobody_saw_go_can_be_forgotten_by_its_uid() -> None:
     store.apply_job("ADDED", job("job-1"))
     store.apply_job("ADDED", job("job-2"))
     store.apply_pod("ADDED", pod())
-    assert store.run_uids("team") == store.run_uids() == {"run-1"}
-    assert store.run_uids("other") == set()
-    assert store.job_uids() == {"job-1", "job-2"}
-    assert store.pod_uids() == {"pod-1"}
+    assert store.run_versions("team").keys() == store.run_versions().keys() == {"run-1"}
+    assert store.run_versions("other") == {}
+    assert store.job_versions().keys() == {"job-1", "job-2"}
+    assert store.pod_versions().keys() == {"pod-1"}
 
     assert store.forget(["job-1", "pod-1", "unknown"]) == {KEY}
     snapshot = store.snapshot(KEY)
@@ -146,3 +146,16 @@ def test_what_nobody_saw_go_can_be_forgotten_by_its_uid() -> None:
     assert store.forget(["run-1"]) == {KEY}
     assert store.keys() == []
     assert store.forget([]) == set()
+
+
+def test_an_event_that_is_older_than_what_is_known_is_passed_over() -> None:
+    store = Store()
+    store.apply_job("ADDED", job("job-1", resourceVersion="9", annotations={"at": "first"}))
+    store.apply_job("MODIFIED", job("job-1", resourceVersion="10", annotations={"at": "now"}))
+    store.apply_job("MODIFIED", job("job-1", resourceVersion="9", annotations={"at": "late"}))
+    (known,) = store.snapshot(KEY).jobs
+    assert known["metadata"]["annotations"]["at"] == "now"
+    assert store.job_versions() == {"job-1": 10}
+    # A list brings things back to where a watch goes on from.
+    store.apply_job(None, job("job-1", resourceVersion="8", annotations={"at": "listed"}))
+    assert store.job_versions() == {"job-1": 8}
