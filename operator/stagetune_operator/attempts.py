@@ -17,7 +17,8 @@ from stagetune_operator.failures import (
     decide_remedy,
     read_failure,
 )
-from stagetune_operator.manifests import JobOrder, build_job, job_name
+from stagetune_operator.manifests import build_job, job_name
+from stagetune_operator.pod_template import JobOrder
 from stagetune_operator.records import progress_values, trained_values
 from stagetune_operator.replan import changed_inputs, num_gpus
 from stagetune_operator.run_pass import Create, DeleteJob, RunPass

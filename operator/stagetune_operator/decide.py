@@ -22,12 +22,12 @@ from stagetune_api.validation import Runner, check_runner, parse_manifest
 from stagetune_operator.attempts import advance, at_work, report_of, suspend_all
 from stagetune_operator.conditions import Standing, with_standing
 from stagetune_operator.manifests import (
-    Owner,
     build_claim,
     build_plan_record,
     claim_name,
     config_digest,
 )
+from stagetune_operator.ownership import Owner
 from stagetune_operator.plan_record import PlanRecord, digest_of_planned, plan_record_name
 from stagetune_operator.records import (
     Record,

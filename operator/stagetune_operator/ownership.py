@@ -1,7 +1,35 @@
 """Whose an object is: by the run's uid, for a name may be anybody's."""
 
+from dataclasses import dataclass
+
 from stagetune_api import names
 from stagetune_operator.views import Object
+
+
+@dataclass(frozen=True, kw_only=True)
+class Owner:
+    """The run that owns what is built."""
+
+    name: str
+    namespace: str
+    uid: str
+
+    @property
+    def directory(self) -> str:
+        """Path of the run's files from the volume's root; of this very run, not of its name."""
+        return f"runs/{self.name}-{self.uid[:8]}"
+
+    @property
+    def reference(self) -> Object:
+        """The owner reference by which Kubernetes cleans up."""
+        return {
+            "apiVersion": names.API_VERSION,
+            "kind": names.KIND,
+            "name": self.name,
+            "uid": self.uid,
+            "controller": True,
+            "blockOwnerDeletion": True,
+        }
 
 
 def is_own(item: Object, run: Object) -> bool:

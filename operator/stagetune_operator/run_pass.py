@@ -11,7 +11,7 @@ from stagetune_api.spec import StagedFineTuneSpec
 from stagetune_api.stage import PlannedStage, StageConfig, Task
 from stagetune_api.status import ConditionReason, RunState, StagedFineTuneStatus, StageState
 from stagetune_operator.conditions import Standing
-from stagetune_operator.manifests import Owner
+from stagetune_operator.ownership import Owner
 from stagetune_operator.plan_record import PlanRecord
 from stagetune_operator.records import ProgressView, Record, begun_again, record_of, with_record
 from stagetune_operator.settings import Settings

@@ -13,7 +13,7 @@ from stagetune_api.facts import Facts
 from stagetune_api.names import RunLayout
 from stagetune_api.spec import StagedFineTuneSpec
 from stagetune_api.stage import ParentRef, PlannedStage, StageConfig, Task
-from stagetune_operator.manifests import Owner
+from stagetune_operator.ownership import Owner
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -35,7 +35,9 @@ from stagetune_api import names
 from stagetune_api.spec import StagedFineTune
 from stagetune_api.stage import StageConfig
 from stagetune_api.validation import parse_manifest
-from stagetune_operator.manifests import JobOrder, Owner, build_job
+from stagetune_operator.manifests import build_job
+from stagetune_operator.ownership import Owner
+from stagetune_operator.pod_template import JobOrder
 from stagetune_operator.settings import Settings
 from stagetune_operator.stage_files import PREPARE, build_stage_file
 from stand_in_kubelet import StandInKubelet

@@ -20,8 +20,8 @@ from stagetune_api.stage import StageConfig, Task
 from stagetune_api.status import ConditionReason, ConditionType, RunState, StageState
 from stagetune_api.validation import parse_manifest
 from stagetune_operator.estimate import CLUSTER_GPU
-from stagetune_operator.manifests import Owner
 from stagetune_operator.metrics import Metrics
+from stagetune_operator.ownership import Owner
 from stagetune_operator.plan import Plan, make_plan
 from stagetune_operator.progress import ProgressStore
 from stagetune_operator.settings import PREFIX, Settings

@@ -14,16 +14,16 @@ from stagetune_api.spec import StagedFineTune, StagedFineTuneSpec
 from stagetune_api.stage import StageConfig
 from stagetune_api.validation import parse_manifest
 from stagetune_operator.manifests import (
-    JobOrder,
-    Owner,
     build_claim,
     build_job,
     claim_name,
     config_digest,
     job_name,
 )
+from stagetune_operator.ownership import Owner
 from stagetune_operator.plan import make_plan
 from stagetune_operator.plan_record import digest_of_planned
+from stagetune_operator.pod_template import JobOrder
 from stagetune_operator.settings import Settings
 from stagetune_operator.stage_files import PREPARE, Step, build_stage_file, steps_after_prepare
 from stagetune_operator.views import Object
