@@ -210,6 +210,10 @@ def suspend_all(run: RunPass) -> None:
 def _suspend(run: RunPass, step: Step, job: JobView) -> Standing:
     if not job.is_deleting:
         run.act(DeleteJob(name=job.name, uid=job.uid))
+    pods = run.objects.pods_of(job)
+    if step.task is Task.TRAIN and pods:
+        # What it posts while it saves is what it goes on from.
+        _show_progress(run, step, job, pods[-1])
     run.set(step, state=StageState.INTERRUPTED)
     message = f"{step.title} saves and leaves"
     return Standing(state=RunState.SUSPENDED, reason=ConditionReason.SUSPENDING, message=message)

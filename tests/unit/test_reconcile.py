@@ -735,6 +735,18 @@ class Posted:
         self.eta_seconds = 61.4
 
 
+def test_last_post_of_a_pod_that_is_suspended_is_kept() -> None:
+    operator = _first_stage_runs()
+    operator.cluster.keep_deleted = True
+    operator.cluster.edit_run("finance-qa", lambda spec: spec.update(suspend=True))
+    operator.settle()
+    pod = operator.cluster.of_kind("Pod")[-1]
+    operator.progress = {STAGES[0]: Posted(pod["metadata"]["uid"], 7)}
+    operator.clock += 100
+    operator.settle()
+    assert operator.status.stages[0].step == 7
+
+
 def test_progress_is_shown_but_not_written_with_every_post() -> None:
     operator = begun(progress_status_seconds=30)
     operator.settle()
