@@ -1,6 +1,10 @@
 """How much the operator can do, against a real API server, scheduler and Job controller.
 
     python benchmarks/operator_scale.py [--runs 1000] [--output benchmarks/results/...]
+    python benchmarks/operator_scale.py --restarts-only
+
+The second measures the restarts alone, in minutes: one run goes through the operator, the others
+are copies of its objects. Without --output it writes no file.
 
 Pods are a stand-in node's (`tests/support/stand_in_kubelet.py`): they report what a trainer would
 and compute nothing. Everything shares the machine: the operator, Kubernetes, the stand-in node and
@@ -20,12 +24,11 @@ import tempfile
 import time
 import urllib.request
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 from kubernetes.aio.config import new_client_from_config
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -40,10 +43,14 @@ from stagetune_api import names
 from stagetune_api.schema import CRD_FILE
 from stagetune_api.stage import StageConfig, Task
 from stagetune_operator.connection import open_watch_session
+from stagetune_operator.resources import Collection
 from stand_in_kubelet import StandInKubelet
 
 Object = dict[str, Any]
+Send = Callable[[str, str, Object], Awaitable[Object]]
+"""Sends method, path and body, and returns the object in the answer."""
 
+RESULT = Path("benchmarks/results/operator-scale.json")
 NUM_LAYERS = 4
 """Decoder layers of the model that the stand-in's reports tell of."""
 CAPACITY = {"cpu": "100000", "memory": "100Ti", "pods": "100000", "nvidia.com/gpu": "100000"}
@@ -55,7 +62,13 @@ STEP_SECONDS = 2.0
 QUIET_SECONDS = 3.0
 """A restart is over once no pass has begun for so long; that time itself is not counted."""
 POLL_SECONDS = 0.1
-MOST_SECONDS = 3600
+MOST_SECONDS = 2 * 3600
+COPIED_KINDS = (Collection.CONFIG_MAPS, Collection.JOBS, Collection.PODS)
+"""What a run owns, owners first."""
+NOBODY = "stagetune.example/nobody"
+"""Who cares for the Jobs and schedules the pods that are copies: they stay as they were made."""
+_SERVERS_OWN = ("uid", "resourceVersion", "creationTimestamp", "generation", "managedFields")
+_JOB_CONTROLLERS_OWN = ("controller-uid", "job-name")
 MAX_WRITES_PER_STAGE = 8
 MAX_RESTART_SECONDS = 10
 OWN_METRICS = (
@@ -167,24 +180,61 @@ class Bench:
             for index in range(number)
         ]
         begun = time.monotonic()
-        asyncio.run(self._post_all(path, bodies))
+        asyncio.run(self._each(bodies, lambda send, body: send("POST", path, body)))
         return time.monotonic() - begun
 
-    async def _post_all(self, path: str, bodies: Sequence[Object]) -> None:
+    def copy_run(self, namespace: str, name: str, number: int) -> None:
+        """Put copies of a run, with all that it owns and every status, beside it."""
+        of_run = f"{names.LABEL_RUN}={name}"
+        owned = [
+            (where, self._get(namespace, where.plural, "-l", of_run)["items"])
+            for where in COPIED_KINDS
+        ]
+        run = self._get(namespace, names.PLURAL, name)
+
+        async def copy_it(send: Send, index: int) -> None:
+            # Names and uids are in labels, annotations, stage files and reports too.
+            renamed = {name: f"copy-{index:04d}"}
+            made = await _copy(send, Collection.RUNS, run, renamed)
+            old, new = run["metadata"]["uid"], made["metadata"]["uid"]
+            renamed |= {old: new, old[:8]: new[:8]}
+            for where, items in owned:
+                for item in items:
+                    made = await _copy(send, where, item, renamed)
+                    renamed[item["metadata"]["uid"]] = made["metadata"]["uid"]
+
+        asyncio.run(self._each(range(number), copy_it))
+
+    def _get(self, namespace: str, *what: str) -> Object:
+        found: Object = json.loads(
+            self.cluster.kubectl("-n", namespace, "get", *what, "-o", "json")
+        )
+        return found
+
+    async def _each(
+        self, items: Iterable[Any], do: Callable[[Send, Any], Awaitable[object]]
+    ) -> None:
+        """Do something with each, side by side."""
         turn = asyncio.Semaphore(PARALLEL_REQUESTS)
-
-        async def post(server: str, session: aiohttp.ClientSession, body: Object) -> None:
-            async with turn, session.post(server + path, json=body) as answer:
-                if answer.status != 201:
-                    raise RuntimeError(f"{path}: {answer.status} {await answer.text()}")
-
         client = await new_client_from_config(config_file=str(self.cluster.kubeconfig))
         server, session = open_watch_session(
             client, on_list=_ignore, on_watch=_ignore, on_refusal=_ignore
         )
+
+        async def send(method: str, path: str, body: Object) -> Object:
+            async with session.request(method, server + path, json=body) as answer:
+                if answer.status not in (200, 201):
+                    raise RuntimeError(f"{path}: {answer.status} {await answer.text()}")
+                made: Object = await answer.json()
+                return made
+
+        async def in_turn(item: Any) -> None:
+            async with turn:
+                await do(send, item)
+
         async with client, session, asyncio.TaskGroup() as group:
-            for body in bodies:
-                group.create_task(post(server, session, body))
+            for item in items:
+                group.create_task(in_turn(item))
 
     def states(self, namespace: str) -> Counter[str]:
         """Return the runs' states, as `kubectl get` shows them."""
@@ -200,6 +250,33 @@ class Bench:
             *("-o", columns, "--no-headers"),
         )
         return set(told.splitlines())
+
+
+async def _copy(send: Send, where: Collection, item: Object, renamed: Mapping[str, str]) -> Object:
+    """Make a copy of an object, with its status, and return it."""
+    text = json.dumps(item)
+    # The longest first: the uid's first characters are a name too.
+    for old in sorted(renamed, key=len, reverse=True):
+        text = text.replace(old, renamed[old])
+    body = json.loads(text)
+    for key in (*_SERVERS_OWN, "finalizers", "generateName"):
+        body["metadata"].pop(key, None)
+    if where is Collection.JOBS:
+        body["spec"] |= {"managedBy": NOBODY}
+        del body["spec"]["selector"]
+        labels = body["spec"]["template"]["metadata"]["labels"]
+        for key in _JOB_CONTROLLERS_OWN:
+            labels.pop(key, None)
+            labels.pop(f"batch.kubernetes.io/{key}", None)
+    if where is Collection.PODS:
+        body["spec"] |= {"schedulerName": NOBODY}
+        del body["spec"]["nodeName"]
+    path = where.path(body["metadata"]["namespace"])
+    made = await send("POST", path, body)
+    if "status" not in body:
+        return made
+    path = where.path(body["metadata"]["namespace"], body["metadata"]["name"])
+    return await send("PUT", f"{path}/status", {**made, "status": body["status"]})
 
 
 def _ignore(path: str) -> None:
@@ -396,6 +473,24 @@ def standing_bench() -> Iterator[Bench]:
         yield Bench(cluster=cluster, directory=directory)
 
 
+def measure_restarts(bench: Bench, result: Object, number: int, restarts: int) -> None:
+    """Measure the restarts alone, with copies of one run that is over and of one at work."""
+    for kind, state in (("finished", "Succeeded"), ("running", "Training")):
+        namespace = bench.make_namespace(kind)
+        with bench.operator(namespace) as operator:
+            bench.apply_runs(namespace, 1, stages=2)
+            await_state(bench, operator, namespace, 1, state)
+            # It would prepare each copy whose Jobs are not there yet.
+            operator.kill()
+            bench.copy_run(namespace, "run-0000", number - 1)
+            operator.start()
+            await_state(bench, operator, namespace, number, state)
+            taken = [restart(bench, operator, namespace, number) for _ in range(restarts)]
+            section = {"runs": number, "copied": number - 1, **summarized(taken)}
+            result[f"restartWith{kind.capitalize()}Runs"] = section
+            show(f"restart, all {kind}", section)
+
+
 def measure(bench: Bench, result: Object, number: int, restarts: int) -> None:
     """Take all measurements, one after the other, into `result`."""
     result["writes"] = count_writes(bench, min(number, RUNS_TO_COUNT_WRITES))
@@ -420,8 +515,7 @@ def measure(bench: Bench, result: Object, number: int, restarts: int) -> None:
 def against_targets(result: Object) -> list[Object]:
     """Return each target with what was measured."""
     finished, running = result["restartWithFinishedRuns"], result["restartWithRunningRuns"]
-    rows: Iterable[tuple[str, float, float]] = [
-        ("writes per stage", result["writes"]["perStage"], MAX_WRITES_PER_STAGE),
+    rows: list[tuple[str, float, float]] = [
         ("restart, finished runs, s", finished["seconds"]["median"], MAX_RESTART_SECONDS),
         ("restart, running runs, s", running["seconds"]["median"], MAX_RESTART_SECONDS),
         *(
@@ -430,6 +524,8 @@ def against_targets(result: Object) -> list[Object]:
             for what, field in (("writes", "writes"), ("objects changed", "objectsChanged"))
         ),
     ]
+    if "writes" in result:
+        rows = [("writes per stage", result["writes"]["perStage"], MAX_WRITES_PER_STAGE), *rows]
     return [
         {"what": what, "measured": measured, "most": most, "isMet": measured <= most}
         for what, measured, most in rows
@@ -454,17 +550,18 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=1000)
     parser.add_argument("--restarts", type=int, default=3)
-    parser.add_argument(
-        "--output", type=Path, default=Path("benchmarks/results/operator-scale.json")
-    )
+    parser.add_argument("--restarts-only", action="store_true", help="of runs that are copies")
+    parser.add_argument("--output", type=Path, help=f"{RESULT} where everything is measured")
     parser.add_argument("--note", default="", help="said of the machine in the result")
     given = parser.parse_args()
+    output = given.output if given.restarts_only else given.output or RESULT
     before, begun = os.getloadavg(), time.monotonic()
     result: Object = {}
     targets: list[Object] = []
     try:
         with standing_bench() as bench:
-            measure(bench, result, given.runs, given.restarts)
+            chosen = measure_restarts if given.restarts_only else measure
+            chosen(bench, result, given.runs, given.restarts)
         targets = against_targets(result)
     finally:
         # What was measured before something went wrong took an hour, and is told.
@@ -479,8 +576,9 @@ def main() -> None:
         }
         minutes = round((time.monotonic() - begun) / 60, 1)
         document = {"machine": machine, "minutes": minutes, "targets": targets, **result}
-        given.output.parent.mkdir(parents=True, exist_ok=True)
-        given.output.write_text(json.dumps(document, indent=2) + "\n")
+        if output is not None:
+            output.parent.mkdir(parents=True, exist_ok=True)
+            output.write_text(json.dumps(document, indent=2) + "\n")
     for row in targets:
         met = "met" if row["isMet"] else "MISSED"
         print(f"{row['what']:38} {row['measured']:>8g}  at most {row['most']:g}: {met}")

@@ -168,6 +168,9 @@ def _follow(run: RunPass, step: Step, job: JobView) -> Standing:
 def _describe_end(step: Step, pod: PodView) -> str:
     """Return what keeps a pod that is about to end; empty for one that works."""
     if pod.finished is not None:
+        # With ours alone the pod's own end follows within two seconds.
+        if not pod.others_running:
+            return ""
         return f"{step.title} is done; other containers keep {pod.name} from ending"
     if pod.is_deleting or pod.is_disrupted:
         return (

@@ -238,10 +238,10 @@ class Reconciler:
             left = until - self._monotonic()
             is_held = left > 0 and generation == run["metadata"].get("generation", 0)
             return left if is_held else None
-        if _skeleton(decision.status) != _skeleton(before):
-            return None
         if decision.status == before:
             return decision.look_again_seconds or float("inf")
+        if _skeleton(decision.status) != _skeleton(before):
+            return None
         left = self._settings.progress_status_seconds - (self._monotonic() - memory.written)
         return left if left > 0 else None
 

@@ -98,6 +98,10 @@ class Store:
             pods=list(self._pods.get(key, {}).values()),
         )
 
+    def knows(self, key: RunKey) -> bool:
+        """Whether there is such a run."""
+        return key in self._runs
+
     def keys(self) -> list[RunKey]:
         """Return the keys of all runs that there are."""
         return list(self._runs)

@@ -81,6 +81,8 @@ class PodView:
     is_disrupted: bool
     """Whether it was ended by preemption, eviction, a drained or lost node."""
     is_deleting: bool
+    others_running: bool
+    """Whether containers that are not ours, a mesh's or a log shipper's, still run in it."""
 
     @property
     def report(self) -> StageReport | None:
@@ -201,6 +203,11 @@ def view_pod(pod: Object) -> PodView:
         unschedulable=scheduled.get("message", "") if is_unschedulable else "",
         is_disrupted=_is_true(conditions.get("DisruptionTarget", {})),
         is_deleting="deletionTimestamp" in metadata,
+        others_running=any(
+            container.get("name") != names.TRAINER_CONTAINER
+            and "running" in (container.get("state") or {})
+            for container in status.get("containerStatuses") or []
+        ),
     )
 
 

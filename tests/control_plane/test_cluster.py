@@ -4,15 +4,17 @@ import asyncio
 import json
 from collections.abc import Awaitable, Callable, Iterator
 from http import HTTPStatus
+from pathlib import Path
 from typing import Any
 
 import pytest
+from aiohttp import web
 
 from local_cluster import api
 from manifest_cases import edited
 from stagetune_api import names
 from stagetune_operator.cluster import Cluster
-from stagetune_operator.connection import KUBECONFIG_VARIABLE, connect
+from stagetune_operator.connection import KUBECONFIG_VARIABLE, connect, open_watch_session
 from stagetune_operator.errors import (
     AlreadyExistsError,
     ConflictError,
@@ -350,3 +352,48 @@ def test_a_server_that_answers_is_reachable(site: Site) -> None:
         assert await cluster.is_reachable()
 
     site.calls(visit)
+
+
+@pytest.mark.parametrize("bypassed", [False, True])
+def test_the_environment_may_name_a_proxy(
+    bypassed: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    async def answer(request: web.Request) -> web.Response:
+        asked.append(f"{request.host}{request.path}")
+        return web.json_response({"major": "1"})
+
+    def ignore(path: str) -> None:
+        """Take no notice."""
+
+    async def main() -> None:
+        app = web.Application()
+        app.router.add_get("/{path:.*}", answer)
+        runner = web.AppRunner(app)
+        await runner.setup()
+        try:
+            await web.TCPSite(runner, "127.0.0.1", 0).start()
+            here = f"127.0.0.1:{runner.addresses[0][1]}"
+            server = here if bypassed else "api.example"
+            # Nobody listens on port 9.
+            monkeypatch.setenv("http_proxy", "http://127.0.0.1:9" if bypassed else f"http://{here}")
+            monkeypatch.setenv("no_proxy", "127.0.0.1")
+            named = {"name": "a", "cluster": {"server": f"http://{server}"}, "user": {}}
+            context = {"name": "a", "context": {"cluster": "a", "user": "a"}}
+            config = {"clusters": [named], "users": [named], "contexts": [context]}
+            config |= {"current-context": "a"}
+            (tmp_path / "kubeconfig").write_text(json.dumps(config))
+            monkeypatch.setenv(KUBECONFIG_VARIABLE, str(tmp_path / "kubeconfig"))
+            async with connect() as client:
+                assert await Cluster(client).is_reachable()
+                address, session = open_watch_session(
+                    client, on_list=ignore, on_watch=ignore, on_refusal=ignore
+                )
+                async with session, session.get(f"{address}/version") as found:
+                    assert await found.json() == {"major": "1"}
+            assert asked == [f"{server}/version"] * 2
+        finally:
+            await runner.cleanup()
+
+    asyncio.run(main())

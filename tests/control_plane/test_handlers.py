@@ -24,7 +24,7 @@ from manifest_cases import edited
 from stagetune_api import names
 from stagetune_operator.cluster import Cluster
 from stagetune_operator.connection import KUBECONFIG_VARIABLE, connect, open_watch_session
-from stagetune_operator.handlers import build_registry, build_settings
+from stagetune_operator.handlers import build_registry, build_settings, list_taker
 from stagetune_operator.keys import RunKey
 from stagetune_operator.resources import Collection
 from stagetune_operator.store import Store
@@ -74,8 +74,13 @@ class Site:
                 await asyncio.sleep(0.02)
 
     @asynccontextmanager
-    async def watched(self, *namespaces: str) -> AsyncIterator[Cluster]:
+    async def watched(
+        self, *namespaces: str, page_size: int = 100, takes_lists: bool = True
+    ) -> AsyncIterator[Cluster]:
         """Watch as the operator does, until the end of the block."""
+        settings = build_settings()
+        settings.watching.chunk_size = page_size
+        take_list = list_taker(self.store, self.looks.append)
 
         def count_gap() -> None:
             self.gaps += 1
@@ -98,6 +103,7 @@ class Site:
                     on_list=self.watches.note_list,
                     on_watch=self.watches.note_watch,
                     on_refusal=self.watches.note_refusal,
+                    take_list=take_list if takes_lists else lambda page: page,
                 ),
                 close=close,
             )
@@ -105,7 +111,7 @@ class Site:
             watching = asyncio.create_task(
                 kopf.operator(
                     registry=registry,
-                    settings=build_settings(),
+                    settings=settings,
                     clusterwide=not namespaces,
                     namespaces=namespaces,
                     standalone=True,
@@ -161,6 +167,58 @@ def test_runs_and_what_belongs_to_them_come_in_and_go_out(site: Site, namespaced
         assert site.gaps == 0
 
     visit(main)
+
+
+def test_all_that_there_is_is_known_once_the_watches_are_open(site: Site) -> None:
+    async def main() -> None:
+        for number in range(3):
+            await site.create_run(f"run-{number}")
+            labels = {**MANAGED, names.LABEL_RUN: f"run-{number}"}
+            await site.create_job(f"run-{number}-prepare", labels)
+        async with site.watched(site.namespace, page_size=2):
+            # At once: the queue begins now, and would make the Jobs that it does not know of.
+            keys = site.store.keys()
+            assert [len(site.store.snapshot(key).jobs) for key in keys] == [1, 1, 1]
+            # From then on the watch tells.
+            await site.create_run("run-3")
+            await site.until(lambda: site.store.knows(RunKey(site.namespace, "run-3")))
+
+    visit(main)
+
+
+def test_a_list_that_only_kopf_reads_comes_to_the_handlers(site: Site) -> None:
+    key = RunKey(site.namespace, "finance")
+
+    async def main() -> None:
+        await site.create_run("finance")
+        job = await site.create_job("finance-prepare", {**MANAGED, names.LABEL_RUN: "finance"})
+        async with site.watched(site.namespace, takes_lists=False):
+            await site.until(lambda: bool(site.store.snapshot(key).jobs))
+            await site.until(lambda: site.store.knows(key))
+            assert site.store.snapshot(key).jobs[0]["metadata"]["uid"] == job["metadata"]["uid"]
+
+    visit(main)
+
+
+def test_what_cannot_be_read_in_a_list_hides_nothing_else(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    store, looks = Store(), list[RunKey]()
+    take = list_taker(store, looks.append)
+    metadata = {"name": "finance", "namespace": "team-a", "uid": "uid-1", "resourceVersion": "7"}
+    items = [{"metadata": {"name": "broken"}}, {"metadata": metadata}, {"metadata": metadata}]
+    page = {"kind": f"{names.KIND}List", "metadata": {"continue": "more"}, "items": items}
+
+    assert take(page) == {**page, "items": []}
+    assert looks == store.keys() == [RunKey("team-a", "finance")]
+    assert "not understood" in caplog.text
+
+
+def test_lists_of_anything_else_are_left_to_who_asked() -> None:
+    looks: list[RunKey] = []
+    page = {"kind": "NamespaceList", "items": [{"metadata": {"name": "team-a"}}]}
+    assert list_taker(Store(), looks.append)(page) == page
+    assert not looks
 
 
 def test_nothing_is_written_to_a_run_by_watching_it(site: Site) -> None:

@@ -1231,6 +1231,10 @@ def test_pod_that_other_containers_keep_from_ending_is_said_to_be() -> None:
     message = operator.status.conditions[0].message
     assert f"other containers keep {pod['metadata']['name']} from ending" in message
 
+    pod["status"]["containerStatuses"] = [trainer]
+    operator.settle()
+    assert "other containers" not in operator.status.conditions[0].message
+
 
 def test_pod_that_cannot_leave_a_lost_node_is_said_to_be_and_no_second_job_is_made() -> None:
     operator = _first_stage_runs()

@@ -39,7 +39,9 @@ def uids(objects: list[Object]) -> list[str]:
 
 def test_a_run_comes_with_its_jobs_and_pods() -> None:
     store = Store()
+    assert not store.knows(KEY)
     assert store.apply_run(None, run()) == KEY
+    assert store.knows(KEY)
     assert store.apply_job("ADDED", job("job-1")) == KEY
     assert store.apply_job("ADDED", job("job-2")) == KEY
     assert store.apply_pod("MODIFIED", pod()) == KEY
@@ -75,6 +77,7 @@ def test_what_is_deleted_is_gone_and_leaves_nothing() -> None:
         apply("DELETED", item)
     assert store.snapshot(KEY) == Snapshot(run=None, jobs=[], pods=[])
     assert store.keys() == []
+    assert not store.knows(KEY)
     assert store.pod_by_uid("pod-1") is None
 
 
