@@ -6,6 +6,7 @@ import re
 import ssl
 import subprocess
 import tarfile
+import tomllib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
@@ -16,16 +17,8 @@ import pyarrow
 import pytest
 
 from local_cluster.binaries import cache_directory, hold_lock
-from local_cluster.images import (
-    KINDS,
-    REPOSITORY,
-    Image,
-    Images,
-    ImagesUnavailableError,
-    buildah_command,
-    provide_images,
-    read_settings,
-)
+from local_cluster.image_builder import ImagesUnavailableError, buildah_command, read_settings
+from local_cluster.images import KINDS, REPOSITORY, Image, Images, provide_images
 
 pytestmark = pytest.mark.cluster
 
@@ -220,6 +213,23 @@ def test_operator_has_no_torch(image: Image, content: Content) -> None:
     assert ("kopf" in packages) == (not is_trainer)
 
 
+def run_as_nobody(
+    image: Image, program: str, tell: Callable[[str], None]
+) -> "subprocess.CompletedProcess[str]":
+    """Run a Python program in the image as a pod with a read-only root does."""
+    config = config_of(image)["config"]
+    python = [*config["Env"], config["Entrypoint"][0], "-c", program]
+    with mounted(image, tell) as root:
+        return subprocess.run(
+            ["unshare", "--mount", "sh", "-c", RUN, str(root), *python],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=STEP_SECONDS,
+        )
+
+
 def test_program_works_as_nobody_with_a_read_only_root(
     image: Image, tell: Callable[[str], None]
 ) -> None:
@@ -236,15 +246,43 @@ try:
 except OSError as error:
     print(errno.errorcode[error.errno])
 """
-    config = config_of(image)["config"]
-    python = [*config["Env"], config["Entrypoint"][0], "-c", program]
-    with mounted(image, tell) as root:
-        done = subprocess.run(
-            ["unshare", "--mount", "sh", "-c", RUN, str(root), *python],
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=STEP_SECONDS,
-        )
+    done = run_as_nobody(image, program, tell)
     assert (done.returncode, done.stdout) == (0, "EROFS\n"), done.stderr
+
+
+def test_deepspeed_is_there_for_the_trainer_and_leaves_nothing_behind(
+    images: Images, tell: Callable[[str], None]
+) -> None:
+    program = f"""
+import os
+import deepspeed
+assert os.getuid() == {USER}
+print(deepspeed.__version__, os.listdir("/tmp"))
+"""
+    done = run_as_nobody(images.trainer, program, tell)
+    assert done.returncode == 0, done.stderr
+    # It says first, on standard output, that it finds no GPU.
+    lock = tomllib.loads((REPOSITORY / "uv.lock").read_text())
+    (version,) = (one["version"] for one in lock["package"] if one["name"] == "deepspeed")
+    assert done.stdout.splitlines()[-1] == f"{version} []"
+
+
+def test_packages_of_the_trainer_have_what_they_require(
+    images: Images, tell: Callable[[str], None]
+) -> None:
+    program = """
+from importlib.metadata import distributions
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+installed = {canonicalize_name(one.name): one for one in distributions()}
+assert {"torch", "deepspeed", "ninja"} <= installed.keys()
+for one in installed.values():
+    for text in one.requires or ():
+        needed = Requirement(text)
+        if needed.marker is None or needed.marker.evaluate({"extra": ""}):
+            found = installed.get(canonicalize_name(needed.name))
+            if found is None or not needed.specifier.contains(found.version, prereleases=True):
+                print(one.name, "requires", needed, "and finds", found and found.version)
+"""
+    done = run_as_nobody(images.trainer, program, tell)
+    assert (done.returncode, done.stdout) == (0, ""), done.stderr

@@ -2,8 +2,10 @@
 
 import re
 import socket
+import threading
 import urllib.request
 from collections.abc import Callable
+from http.server import HTTPServer
 from typing import Any
 
 import pytest
@@ -150,3 +152,18 @@ def test_port_that_is_taken_disturbs_nothing(
         _, code = run_task(make_stage_config(attempt=0), never, metrics_port=port)
     assert code is TrainerExitCode.SUCCEEDED
     assert f"port {port}: Address already in use" in caplog.text
+
+
+def test_end_of_a_task_does_not_wait_for_the_next_look_of_the_server(
+    make_stage_config: MakeConfig, port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    look = HTTPServer.serve_forever
+    monkeypatch.setattr(HTTPServer, "serve_forever", lambda server: look(server, 3600))
+    sink = PrometheusMetrics(make_stage_config(), "prepare", port=port)
+    scrape(port)
+    ending = threading.Thread(target=sink.close, args=(REPORT,), daemon=True)
+    ending.start()
+    ending.join(60)
+    assert not ending.is_alive()
+    with pytest.raises(OSError, match="refused"):
+        scrape(port)

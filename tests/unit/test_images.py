@@ -1,5 +1,6 @@
 """The images' recipes, what decides whether they are built anew, and how they are handed over."""
 
+import difflib
 import hashlib
 import io
 import json
@@ -8,19 +9,19 @@ import re
 import tarfile
 import tomllib
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 
-from local_cluster import images
+from local_cluster import image_builder, images
+from local_cluster.image_builder import ImagesUnavailableError, read_settings
 from local_cluster.images import (
     KINDS,
     REPOSITORY,
     Image,
-    ImagesUnavailableError,
     images_directory,
     libraries_key,
     provide_images,
-    read_settings,
 )
 
 BUILDAH = '''\
@@ -76,14 +77,14 @@ def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name, text in (("buildah", BUILDAH), ("debootstrap", ""), ("pip3", "#!/bin/sh\n")):
         (programs / name).write_text(text)
         (programs / name).chmod(0o755)
-    for name in filter(images.INDEX_VARIABLE.fullmatch, list(os.environ)):
+    for name in filter(image_builder.INDEX_VARIABLE.fullmatch, list(os.environ)):
         monkeypatch.delenv(name)
     monkeypatch.setenv("PATH", str(programs), prepend=os.pathsep)
     monkeypatch.setenv("CALLS", str(tmp_path / "calls"))
     monkeypatch.setenv("CODE", "first")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     monkeypatch.setenv("UV_CACHE_DIR", str(tmp_path / "uv"))
-    monkeypatch.setenv(images.BASE_VARIABLE, "base")
+    monkeypatch.setenv(image_builder.BASE_VARIABLE, "base")
     monkeypatch.setattr(images, "REPOSITORY", folder)
     monkeypatch.setattr(images, "NEEDED_BYTES", 0)
     monkeypatch.setattr(images, "NEEDED_BYTES_FOR_CODE", 0)
@@ -117,7 +118,32 @@ def test_recipes_differ_in_what_they_are_for_alone() -> None:
     for kind in KINDS:
         text = re.sub(rf"(--extra |tagetune[_ ]){kind}", r"\1KIND", dockerfile(kind))
         lines.append([line for line in text.splitlines()[1:] if "image.description" not in line])
-    assert lines[0] == lines[1]
+    changed = [line for line in difflib.ndiff(*lines) if line[0] in "-+"]
+    deepspeed = re.compile("deepspeed|--require-hashes|--build-constraints", re.IGNORECASE)
+    assert [line for line in changed if not deepspeed.search(line)] == []
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_libraries_are_those_of_the_lock_and_only_deepspeed_is_built(kind: str) -> None:
+    (install,) = re.findall(r"uv pip install --python (?:.*\\\n)*.*", dockerfile(kind))
+    words = install.replace("\\\n", " ").split()
+    given = "/opt/stagetune/requirements.txt"
+    assert "--require-hashes" in words
+    assert words[words.index("--requirements") + 1] == given
+    if kind == "operator":
+        assert "--no-build" in words
+    else:
+        assert "--only-binary :all: --no-binary deepspeed" in " ".join(words)
+        assert words[words.index("--build-constraints") + 1] == given
+
+
+def test_lock_names_no_mirror_and_wheels_of_all_but_deepspeed() -> None:
+    lock = tomllib.loads((REPOSITORY / "uv.lock").read_text())
+    packages = [package for package in lock["package"] if "registry" in package["source"]]
+    assert {package["source"]["registry"] for package in packages} == {"https://pypi.org/simple"}
+    files = [one for package in packages for one in package.get("wheels", [package.get("sdist")])]
+    assert {urlsplit(file["url"]).hostname for file in files} == {"files.pythonhosted.org"}
+    assert [one["name"] for one in packages if not one.get("wheels")] == ["deepspeed"]
 
 
 def test_uv_is_the_one_of_the_makefile() -> None:
@@ -231,7 +257,9 @@ def test_change_during_the_build_is_for_the_next_one(
         (repository / "crds/new.py").touch()
         return {}
 
-    monkeypatch.setattr(images, "read_settings", settings_of_a_machine_where_somebody_writes_code)
+    monkeypatch.setattr(
+        image_builder, "read_settings", settings_of_a_machine_where_somebody_writes_code
+    )
     directory = images_directory()
     assert provide_images(tell_nobody).trainer.layout == directory != images_directory()
     assert str(repository) not in (tmp_path / "calls").read_text()

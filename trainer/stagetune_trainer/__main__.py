@@ -4,6 +4,7 @@ Progress goes to standard output as JSON lines, everything else to standard erro
 """
 
 import argparse
+import atexit
 import contextlib
 import logging
 import os
@@ -14,12 +15,14 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType
+from typing import NoReturn
 
 from stagetune_api.names import TrainerExitCode
 from stagetune_api.report import Failure, FailureClass, Outcome, StageReport
 from stagetune_api.stage import StageConfig, Task
 from stagetune_trainer.environment import set_up_environment
 from stagetune_trainer.hub_tokens import redacted
+from stagetune_trainer.large_packages import hide_large_packages
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +88,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     return int(code)
 
 
+def leave(code: int) -> NoReturn:
+    """End the process here and now, with everything that it said where it belongs.
+
+    Python's own end takes torch's modules apart, object by object. That is more than a second, in
+    which the GPU stays taken and nobody learns the code. Once `main` has returned, the report and
+    the termination message are written and the last post is out; what is left is what libraries
+    want done at the end (the log, temporary folders) and text that still waits to be written.
+    No thread is waited for, so one that hangs in a download holds nothing up.
+    """
+    try:
+        atexit._run_exitfuncs()
+        for stream in (sys.stdout, sys.stderr):
+            # Where nobody reads any more or the disk is full, the code speaks all the same.
+            with contextlib.suppress(OSError):
+                stream.flush()
+    finally:
+        os._exit(code)
+
+
 def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="stagetune_trainer", description=__doc__)
     parser.add_argument("config", type=Path, help="StageConfig as a JSON file")
@@ -124,6 +146,7 @@ def _run(options: argparse.Namespace, stop: SignalledStop) -> tuple[StageReport,
     try:
         config = StageConfig.model_validate_json(options.config.read_bytes())
         set_up_environment(config.task)
+        hide_large_packages()
         stop.raises = config.task is not Task.TRAIN
         if stop.raises and stop.requested:
             raise KeyboardInterrupt
@@ -202,4 +225,4 @@ def _write_termination_message(
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    leave(main())

@@ -3,7 +3,9 @@
 A gauge appears when its number is known and not before: 0 would be a loss, and a good one.
 """
 
+import contextlib
 import logging
+import socket
 import socketserver
 import threading
 from collections.abc import Mapping
@@ -53,6 +55,16 @@ class _Server(ThreadingHTTPServer):
     def server_bind(self) -> None:
         # HTTPServer's asks the name service for this machine's name, which may take long to answer.
         socketserver.TCPServer.server_bind(self)
+
+    def end(self) -> None:
+        """Take no more connections, and wait until the thread in `serve_forever` has left it.
+
+        It looks whether it should only twice a second; a socket that ends wakes it at once.
+        """
+        with contextlib.suppress(OSError):  # where the system knows no such end of a socket
+            self.socket.shutdown(socket.SHUT_RDWR)
+        self.shutdown()
+        self.server_close()
 
 
 class PrometheusMetrics(ProgressSink):
@@ -108,8 +120,7 @@ class PrometheusMetrics(ProgressSink):
     def close(self, report: StageReport) -> None:
         """End the server."""
         if self._server is not None:
-            self._server.shutdown()
-            self._server.server_close()
+            self._server.end()
 
     def _set(self, key: str, value: float | None) -> None:
         if value is not None:
