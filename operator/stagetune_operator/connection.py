@@ -138,7 +138,7 @@ def open_watch_session(
     session = aiohttp.ClientSession(
         connector=aiohttp.TCPConnector(limit=0, ssl=client.rest_client.ssl_context),
         headers={"User-Agent": USER_AGENT},
-        proxy=_proxy(client.configuration),
+        proxy=client.configuration.proxy,
         middlewares=(authorize,),
         response_class=_taken_by(take_list),
     )
@@ -150,8 +150,8 @@ def _taken_by(take_list: Callable[[Object], Object]) -> type[aiohttp.ClientRespo
 
     class Response(aiohttp.ClientResponse):
         async def json(self, *, loads: Callable[[str], Any] = from_json, **options: Any) -> Any:
-            # Twice as fast as json, and keys and values that recur are kept once: of a thousand
-            # runs a hundred megabytes are listed, much of which is the same words.
+            # Faster than json, and keys and values that recur are kept once: of a thousand runs a
+            # hundred megabytes are listed, much of which is the same words.
             answer = await super().json(loads=loads, **options)
             is_list = isinstance(answer, dict) and "items" in answer
             return take_list(answer) if is_list else answer
