@@ -7,3 +7,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+from stagetune_trainer.large_packages import hide_large_packages
+
+# As in a trainer's own process: libraries would import what is hidden, used or not.
+hide_large_packages()

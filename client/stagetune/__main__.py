@@ -26,7 +26,7 @@ from stagetune.trainer_process import trainer_is_installed
 from stagetune.views import print_model, print_plan, print_problems, print_report, print_status
 from stagetune_api.names import ExitCode, RunLayout
 from stagetune_api.problems import InvalidManifestError
-from stagetune_api.validation import Runner, check_runner
+from stagetune_api.spec_checks import Runner, check_runner
 from stagetune_operator.plan import make_plan
 
 _OUTPUTS = ("text", "json", "yaml")

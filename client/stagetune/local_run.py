@@ -31,7 +31,8 @@ from stagetune_api.names import RunLayout, StageLayout, TrainerExitCode
 from stagetune_api.problems import InvalidManifestError
 from stagetune_api.progress import Progress
 from stagetune_api.report import Failure, FailureClass, StageReport
-from stagetune_api.spec import StagedFineTuneSpec
+from stagetune_api.spec import ProtectionSpec, StagedFineTuneSpec
+from stagetune_api.spec_checks import Runner, check_runner
 from stagetune_api.stage import ParentRef, PlannedStage, StageConfig, Task
 from stagetune_api.status import (
     ConditionReason,
@@ -39,7 +40,6 @@ from stagetune_api.status import (
     RunState,
     StageState,
 )
-from stagetune_api.validation import Runner, check_runner
 from stagetune_operator.estimate import Machine
 from stagetune_operator.plan import Plan, make_plan
 
@@ -295,6 +295,8 @@ class _Run:
             dataset=self._spec.dataset,
             method=self._spec.method,
             training=self._spec.training,
+            protection=self._spec.protection or ProtectionSpec(),
+            gradient_norm=self._spec.gradient_profile if task is Task.PREPARE else None,
             evaluation=self._spec.evaluation,
             export=self._spec.export,
             model_directory=facts.model_directory if facts else None,

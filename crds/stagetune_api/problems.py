@@ -58,3 +58,17 @@ def format_path(parts: Sequence[PathPart]) -> str:
         else:
             path += f".{part}" if path else part
     return path
+
+
+def conflict(path: str, message: str) -> Problem:
+    """Return the problem that what stands at `path` does not go with something else."""
+    return Problem(path=path, reason=ProblemReason.CONFLICT, message=message)
+
+
+def not_yet(path: str, what: str, cure: str) -> Problem:
+    """Return the problem that the API names `what` and no program does it yet."""
+    return Problem(
+        path=path,
+        reason=ProblemReason.NOT_YET_SUPPORTED,
+        message=f"{what} are not yet supported in this version; {cure}",
+    )

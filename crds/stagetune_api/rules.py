@@ -1,6 +1,6 @@
 """Rules over more than one field, as CEL that the API server evaluates at admission.
 
-They are `validation.check_spec` once more, so that `kubectl apply` refuses at once what the
+They are `spec_checks.check_spec` once more, so that `kubectl apply` refuses at once what the
 operator would have to refuse later; a test holds the two together. Not here: values that the API
 names and no program does yet. That is a matter of the program's version, and an old CRD must not
 refuse what a newer program can do.

@@ -1,8 +1,8 @@
 """The manifest: what a user writes, field by field.
 
-The models hold types, ranges and sizes; rules that look at more than one field are in `validation`
-and, as CEL, in `rules`. Every list, string and map has a maximum so that the API server can bound
-the cost of those rules.
+The models hold types, ranges and sizes; rules that look at more than one field are in
+`spec_checks` and, as CEL, in `rules`. Every list, string and map has a maximum so that the API
+server can bound the cost of those rules.
 """
 
 from enum import StrEnum
@@ -61,6 +61,13 @@ class MethodType(StrEnum):
     LORA = "LoRA"
     QLORA = "QLoRA"
     EXPAND = "Expand"
+
+
+class AdapterScope(StrEnum):
+    """Whether a layer that is opened again goes on with its adapter or gets another one."""
+
+    SHARED = "Shared"
+    PER_STAGE = "PerStage"
 
 
 class Order(StrEnum):
@@ -254,13 +261,22 @@ class LoraSpec(ApiModel):
     ) = None
     """targetModules are the linear modules of a decoder layer that get an adapter, by the last part
     of their name (`q_proj`). Left out, all linear modules do."""
+    rank_stabilized: bool = False
+    """rankStabilized scales the adapters by alpha over the square root of the rank (rsLoRA, arXiv
+    2312.03732), so that a larger rank learns more."""
+    dora: bool = False
+    """dora trains the length of each weight's rows beside the adapters (DoRA, arXiv 2402.09353)."""
+    adapters: AdapterScope = AdapterScope.SHARED
+    """adapters says what a stage that opens a layer again does: Shared goes on with the layer's
+    adapter, PerStage adds one of its own. All of them are merged at export."""
 
 
 class ExpandSpec(ApiModel):
     """Added decoder blocks (LLaMA Pro, arXiv 2401.02415)."""
 
     layers_per_block: Annotated[int, Field(ge=1, le=128)] = 4
-    """layersPerBlock is the number of existing layers after which one block is added."""
+    """layersPerBlock is the number of existing layers after which one block is added. A stage
+    trains the blocks that were added behind its layers."""
 
 
 class MethodSpec(ApiModel):
@@ -272,6 +288,27 @@ class MethodSpec(ApiModel):
     """lora holds the adapter options; only with type LoRA or QLoRA."""
     expand: ExpandSpec | None = None
     """expand holds the options of added blocks; only with type Expand."""
+
+
+class GradientNormSpec(ApiModel):
+    """How a profile of gradient norms becomes stages (order GradientNorm).
+
+    A layer's signal is the norm of its gradient over the norm of its weights (Auto-RGN, arXiv
+    2210.11466), measured by prepare on the base model; a group's share is its mean signal over that
+    of all layers.
+    """
+
+    batches: Annotated[int, Field(ge=1, le=1024)] = 8
+    """batches of `batchSize` training rows that are measured."""
+    skip_below: Annotated[float, Field(ge=0, le=1)] = 0.25
+    """skipBelow this share a group is not trained. The group with the largest share always is."""
+    merge_below: Annotated[float, Field(ge=0, le=10)] = 0.75
+    """mergeBelow this share, neighbouring groups that are trained become one stage."""
+    floor: Annotated[float, Field(gt=0, le=1)] = 0.5
+    """floor of a stage's passes, as a part of `epochsPerStage`."""
+    cap: Annotated[float, Field(ge=1, le=100)] = 2.0
+    """cap of a stage's passes, as a multiple of `epochsPerStage`; between the two they follow the
+    stage's share."""
 
 
 class ScheduleSpec(ApiModel):
@@ -297,6 +334,18 @@ class ScheduleSpec(ApiModel):
     `dataPartition` is Shared, an equal share when it is Disjoint."""
     data_partition: DataPartition = DataPartition.SHARED
     """dataPartition says whether all stages see the same rows or each stage rows of its own."""
+    open_top: Annotated[int, Field(ge=0, le=1024)] = 0
+    """openTop is the number of layers at the top of the decoder that every stage opens beside its
+    own (SegProp)."""
+    cumulative: bool = False
+    """cumulative keeps layers open once a stage has opened them: gradual unfreezing (ULMFiT, arXiv
+    1801.06146)."""
+    overlap: Annotated[int, Field(ge=0, le=1023)] = 0
+    """overlap is the number of layers that a group shares with the group below it."""
+    passes: Annotated[int, Field(ge=1, le=128)] = 1
+    """passes is the number of times that the whole sequence of stages is run."""
+    gradient_norm: GradientNormSpec | None = None
+    """gradientNorm holds the options of order GradientNorm; only with that order."""
 
 
 class LayerRange(ApiModel):
@@ -338,6 +387,17 @@ class ExplicitStageSpec(ApiModel):
     """epochs is the number of passes the stage makes over its rows."""
     data_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
     """dataFraction of the training rows that the stage sees."""
+    data_offset: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    """dataOffset is where in the one shuffled order of the training rows the stage's rows begin, as
+    a part of all rows. With it stages see rows of their own."""
+    open_top: Annotated[int, Field(ge=0, le=1024)] = 0
+    """openTop is the number of layers at the top of the decoder that the stage opens too."""
+    batch_size: Annotated[int, Field(ge=1, le=65536)] | None = None
+    """batchSize of this stage; left out, that of `training` counts."""
+    micro_batch_size: Annotated[int, Field(ge=1, le=65536)] | None = None
+    """microBatchSize of this stage; left out, that of `training` counts."""
+    rank: Annotated[int, Field(ge=1, le=1024)] | None = None
+    """rank of this stage's adapters; left out, that of `method.lora` counts."""
 
 
 class LearningRateByDepth(ApiModel):
@@ -358,6 +418,10 @@ class EarlyStoppingSpec(ApiModel):
     """patience is the number of validations in a row without improvement that end the stage."""
     min_delta: Annotated[float, Field(ge=0, le=100)] = 0.0
     """minDelta is the least fall of the validation loss that counts as improvement."""
+    min_gain_per_minute: Annotated[float, Field(gt=0, le=1000)] | None = None
+    """minGainPerMinute ends the stage once the validation loss fell by less than this for each
+    minute of training since the validation before, in nats a token. Left out, time does not count.
+    """
 
 
 class TrainingSpec(ApiModel):
@@ -382,7 +446,13 @@ class TrainingSpec(ApiModel):
     weight_decay: Annotated[float, Field(ge=0, le=10)] = 0.0
     """weightDecay of AdamW, applied to matrices and not to norms and biases."""
     optimizer: OptimizerType = OptimizerType.ADAMW
-    """optimizer of every stage; its state never crosses from one stage to the next."""
+    """optimizer of every stage; its state never crosses from one stage to the next. AdamW keeps
+    what trains in fp32; AdamW8bit keeps its moments in 8 bits and, where the model computes in
+    BF16, what trains in BF16 with stochastic rounding."""
+    optimizer_in_backward: bool = False
+    """optimizerInBackward applies each parameter's update as soon as its gradient is there and
+    frees the gradient, so that the gradients of a large group never stand together. A batch is then
+    one micro-batch, and gradients are clipped one by one."""
     precision: Precision = Precision.AUTO
     """precision of the computation. Auto is BF16 on a GPU and FP32 on a CPU."""
     gradient_checkpointing: GradientCheckpointing = GradientCheckpointing.ALWAYS
@@ -401,35 +471,78 @@ class TrainingSpec(ApiModel):
 
 
 class DistillationSpec(ApiModel):
-    """Keep the answers' distribution close to the base model's."""
+    """Keep the answers' distribution close to the base model's (knowledge distillation)."""
 
     weight: Weight
-    """weight of the distillation loss."""
+    """weight of the distillation loss beside the loss on answers."""
+    top_k: Annotated[int, Field(ge=1, le=1024)] = 64
+    """topK is the number of the base model's likeliest tokens whose probabilities are kept for each
+    position; what is left counts as one more token."""
 
 
 class AnchorSpec(ApiModel):
-    """Keep the group's output close to the base model's."""
+    """Keep the hidden states above the group close to the base model's."""
 
     weight: Weight
-    """weight of the anchor loss."""
+    """weight of the anchor: the mean squared distance at the group's upper border, relative to the
+    base model's own size there."""
+
+
+class GeneratedTextSpec(ApiModel):
+    """General text that the base model writes itself before anything is trained."""
+
+    tokens: Annotated[int, Field(ge=64, le=1000000)] = 20000
+    """tokens that are generated."""
+    temperature: Annotated[float, Field(gt=0, le=10)] = 1.0
+    """temperature of the sampling."""
+
+
+class ReplaySpec(ApiModel):
+    """Mix text of another kind into every batch: exactly one of `source` and `generated`."""
+
+    ratio: Annotated[float, Field(gt=0, lt=1)]
+    """ratio of a batch's rows that are replayed text."""
+    source: SourceUri | None = None
+    """source of the text, as for `evaluation.generalText`, but not the same text: what is trained
+    on measures no forgetting."""
+    generated: GeneratedTextSpec | None = None
+    """generated says that the base model writes the text in prepare."""
+    max_tokens: Annotated[int, Field(ge=64, le=10000000)] = 100000
+    """maxTokens of the source that are read."""
 
 
 class AveragingSpec(ApiModel):
-    """Average base and tuned weights at export."""
+    """Average base and tuned weights at export (WiSE-FT, arXiv 2109.01903)."""
 
-    alpha: Fraction
-    """alpha is the share of the tuned weights."""
+    alpha: Fraction | None = None
+    """alpha is the share of the tuned weights. Left out, the smallest share is taken whose
+    validation loss is within `tolerance` of the best one's."""
+    tolerance: Annotated[float, Field(ge=0, le=10)] = 0.02
+    """tolerance is how much validation loss, in nats a token, may be given up for a smaller share;
+    without meaning where `alpha` is given."""
+
+
+class DepthScalingSpec(ApiModel):
+    """Scale the change of lower layers down at export (LiNeS, arXiv 2410.17146)."""
+
+    bottom: Fraction
+    """bottom is the part of the bottommost layer's change that is kept; the topmost keeps all of
+    it, those between them lie on a straight line."""
 
 
 class ProtectionSpec(ApiModel):
-    """What keeps the model from forgetting."""
+    """What keeps the model from forgetting; docs/methods/protection.md."""
 
     distillation: DistillationSpec | None = None
     """distillation from the base model."""
     anchor: AnchorSpec | None = None
     """anchor on the residual stream."""
+    replay: ReplaySpec | None = None
+    """replay of other text."""
     averaging: AveragingSpec | None = None
-    """averaging of base and tuned weights."""
+    """averaging of base and tuned weights at export."""
+    depth_scaling: DepthScalingSpec | None = None
+    """depthScaling of the weights' change at export."""
 
 
 class ResourcesSpec(ApiModel):
@@ -623,6 +736,13 @@ class StagedFineTuneSpec(ApiModel):
     """suspend stops the run after saving; false lets it go on."""
     retry: RetrySpec | None = None
     """retry begins a failed run again, or a finished one from a stage."""
+
+    @property
+    def gradient_profile(self) -> GradientNormSpec | None:
+        """What prepare measures for order GradientNorm; None for every other order."""
+        if self.schedule is None or self.schedule.order is not Order.GRADIENT_NORM:
+            return None
+        return self.schedule.gradient_norm or GradientNormSpec()
 
 
 class ObjectMeta(ApiModel):

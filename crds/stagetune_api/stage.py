@@ -10,9 +10,11 @@ from stagetune_api.spec import (
     DatasetSpec,
     EvaluationSpec,
     ExportSpec,
+    GradientNormSpec,
     LayerRange,
     MethodSpec,
     ModelSpec,
+    ProtectionSpec,
     RetainPolicy,
     TrainingSpec,
 )
@@ -71,6 +73,8 @@ class PlannedStage(ApiModel):
     """name, unique in the run."""
     layers: LayerRange
     """layers that the stage opens."""
+    top_layers: LayerRange | None = None
+    """topLayers that it opens too, above `layers`; absent where there are none."""
     embeddings: bool
     """embeddings says whether the input embeddings train too."""
     head: bool
@@ -81,6 +85,12 @@ class PlannedStage(ApiModel):
     """epochs over the stage's rows."""
     rows: RowRange
     """rows of the training set, in its one shuffled order, that the stage sees."""
+    batch_size: Annotated[int, Field(ge=1)] | None = None
+    """batchSize of this stage where it is not that of `training`."""
+    micro_batch_size: Annotated[int, Field(ge=1)] | None = None
+    """microBatchSize of this stage where it is not that of `training`."""
+    rank: Annotated[int, Field(ge=1)] | None = None
+    """rank of this stage's adapters where it is not that of `method.lora`."""
     steps: Annotated[int, Field(ge=1)]
     """steps of the optimizer."""
     warmup_steps: Annotated[int, Field(ge=0)]
@@ -138,6 +148,10 @@ class StageConfig(ApiModel):
     """method says what trains."""
     training: TrainingSpec
     """training says how."""
+    protection: ProtectionSpec = ProtectionSpec()
+    """protection says what keeps the model from forgetting."""
+    gradient_norm: GradientNormSpec | None = None
+    """gradientNorm asks Prepare for a profile of gradient norms."""
     evaluation: EvaluationSpec
     """evaluation says what is measured."""
     export: ExportSpec

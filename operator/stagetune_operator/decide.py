@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from stagetune_api.facts import Facts
 from stagetune_api.names import EXPORT_TASK
 from stagetune_api.spec import RetainPolicy, StagedFineTune, StagedFineTuneSpec
+from stagetune_api.spec_checks import Runner, check_runner
 from stagetune_api.status import (
     ConditionReason,
     ConditionType,
@@ -18,7 +19,7 @@ from stagetune_api.status import (
     StagedFineTuneStatus,
     StageState,
 )
-from stagetune_api.validation import Runner, check_runner, parse_manifest
+from stagetune_api.validation import parse_manifest
 from stagetune_operator.attempts import advance, at_work, report_of, suspend_all
 from stagetune_operator.conditions import Standing, with_standing
 from stagetune_operator.manifests import (

@@ -16,8 +16,8 @@ from stagetune_api.base import ApiModel
 from stagetune_api.facts import Facts
 from stagetune_api.problems import Problem
 from stagetune_api.spec import MethodType, StagedFineTuneSpec, TrainingSpec
+from stagetune_api.spec_checks import check_spec
 from stagetune_api.stage import PlannedStage, RowRange, StageEstimate
-from stagetune_api.validation import check_spec
 from stagetune_operator.estimate import (
     CLUSTER_GPU,
     Machine,

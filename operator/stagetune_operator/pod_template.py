@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 
 from stagetune_api import names
 from stagetune_api.spec import Quantity, RuntimeSpec, StagedFineTuneSpec
+from stagetune_api.spec_checks import sources_of
 from stagetune_api.stage import StageConfig, Task
-from stagetune_api.validation import sources_of
 from stagetune_operator.ownership import Owner
 from stagetune_operator.settings import Settings
 from stagetune_operator.views import Object

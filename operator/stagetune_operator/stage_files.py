@@ -11,7 +11,7 @@ from pathlib import Path
 from stagetune_api import names
 from stagetune_api.facts import Facts
 from stagetune_api.names import RunLayout
-from stagetune_api.spec import StagedFineTuneSpec
+from stagetune_api.spec import ProtectionSpec, StagedFineTuneSpec
 from stagetune_api.stage import ParentRef, PlannedStage, StageConfig, Task
 from stagetune_operator.ownership import Owner
 
@@ -90,6 +90,8 @@ def build_stage_file(
             "dataset": spec.dataset,
             "method": spec.method,
             "training": training,
+            "protection": spec.protection or ProtectionSpec(),
+            "gradient_norm": spec.gradient_profile if step.task is Task.PREPARE else None,
             "evaluation": spec.evaluation,
             "export": spec.export,
             "stage": step.stage if step.task is Task.TRAIN else None,

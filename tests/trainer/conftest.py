@@ -18,13 +18,9 @@ import pytest
 
 from stagetune_api.report import StageReport
 from stagetune_api.stage import StageConfig
-from stagetune_trainer.large_packages import hide_large_packages
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerFast
-
-# As in a trainer's own process: libraries would import them, and each worker wait.
-hide_large_packages()
 
 CHATML_TEMPLATE = (
     "{% for message in messages %}"

@@ -8,8 +8,9 @@ import pytest
 
 from stagetune_api.problems import InvalidManifestError, Problem, ProblemReason
 from stagetune_api.spec import StagedFineTune
+from stagetune_api.spec_checks import Runner, check_runner
 from stagetune_api.structural import Node
-from stagetune_api.validation import Runner, check_runner, parse_manifest
+from stagetune_api.validation import parse_manifest
 
 
 def problems_of(document: Node) -> list[Problem]:
