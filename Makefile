@@ -7,7 +7,7 @@ PYTHON ?= python3
 UV := $(or $(shell command -v uv 2>/dev/null),$(CACHE)/uv-$(UV_VERSION)/bin/uv)
 RUN := $(UV) run --frozen --no-sync
 
-.PHONY: help setup quickstart test cluster-up cluster-down cluster-demo lint crds manifests images bench-flops bench-handover bench-operator clean
+.PHONY: help setup quickstart test cluster-up cluster-down cluster-demo lint crds manifests images bench-flops bench-handover bench-operator bench-quality clean
 
 help:  ## Show these commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/ \t/' | expand -t 16
@@ -82,6 +82,10 @@ bench-handover: setup  ## Time the hand-overs from stage to stage on a real node
 
 bench-operator: setup  ## Time the operator alone with a thousand runs on a control plane
 	PYTHONPATH=tests/support $(RUN) python benchmarks/operator_scale.py
+
+# ARGS: --arms lora,open-top --seeds 1 --minutes 60. Hours for everything; what is measured stays.
+bench-quality: setup  ## Compare ways of training on the small real model
+	$(RUN) python benchmarks/quality.py $(ARGS)
 
 clean:  ## Remove the environment and the runs
 	rm -rf .venv runs examples/quickstart/inputs

@@ -1,0 +1,154 @@
+"""The quality benchmark compares what it says: fronts, equal loss, pairs, tables."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from quality_arms import ARMS, REFERENCE, SEEDS, cells, titles
+from quality_fronts import best, compare, equal_or_better, front, mcnemar, points_of, summarise
+from quality_page import BEGIN, END, write_tables
+from stagetune_api.spec import StagedFineTune
+from stagetune_api.validation import parse_manifest
+
+BASE = {"exactMatch": 0.0, "validationLoss": 7.0, "generalLoss": 4.0}
+PASSAGES = 8
+
+
+def result(
+    arm: str,
+    rate: float,
+    validation: float,
+    general: float,
+    *,
+    seconds: float = 100.0,
+    seed: int = 1,
+    matches: tuple[int, ...] = (1, 0),
+) -> dict[str, Any]:
+    return {
+        "id": f"{arm}_{rate:g}_1_{seed}",
+        "arm": arm,
+        "rate": rate,
+        "passes": 1,
+        "seed": seed,
+        "exactMatch": sum(matches) / len(matches),
+        "validationLoss": validation,
+        "generalLoss": general,
+        "klToBase": 1.0,
+        "seconds": seconds,
+        "peakMemoryBytes": 2**30,
+        "matches": list(matches),
+        "generalRows": [[general * 10, 10]] * PASSAGES,
+    }
+
+
+@pytest.mark.parametrize("cell", list(cells(SEEDS[:1])), ids=lambda cell: cell.id)
+def test_every_cell_is_a_sound_manifest(cell: Any) -> None:
+    documents = [cell.manifest(), *(cell.manifest(d.edits) for d in cell.arm.derived.values())]
+    for document in documents:
+        manifest = parse_manifest(document)
+        assert isinstance(manifest, StagedFineTune), manifest
+        assert manifest.spec.training.learning_rate == cell.rate
+
+
+def test_cells_are_told_apart_by_their_ids() -> None:
+    ids = [name for cell in cells() for name in cell.ids]
+    assert len(ids) == len(set(ids))
+    assert {name.split("_")[0] for name in ids} == set(titles())
+
+
+def test_reference_has_its_rates_and_passes_swept() -> None:
+    (reference,) = [arm for arm in ARMS if arm.name == REFERENCE]
+    assert len(reference.rates) >= 3
+    assert len(reference.passes) >= 2
+
+
+def test_front_leaves_out_what_another_point_beats_on_both() -> None:
+    points = points_of(
+        [
+            result("a", 1e-4, 0.5, 4.01),
+            result("a", 2e-4, 0.3, 4.02),
+            result("a", 3e-4, 0.4, 4.03),
+        ]
+    )["a"]
+    assert [point.rate for point in front(points)] == [2e-4, 1e-4]
+    assert best(points).rate == 2e-4
+
+
+def test_points_join_the_seeds_of_equal_settings() -> None:
+    (point,) = points_of(
+        [result("a", 1e-4, 0.3, 4.1, seed=2), result("a", 1e-4, 0.5, 4.3, seed=1)]
+    )["a"]
+    assert [seed["seed"] for seed in point.seeds] == [1, 2]
+    assert point.mean("validationLoss") == pytest.approx(0.4)
+
+
+def test_equal_loss_means_no_worse_and_equal_time_no_longer() -> None:
+    (reference,) = points_of([result("lora", 1e-3, 0.3, 4.1, seconds=100)])["lora"]
+    points = points_of(
+        [
+            result("a", 1e-4, 0.4, 4.00, seconds=50),
+            result("a", 2e-4, 0.2, 4.05, seconds=90),
+            result("a", 3e-4, 0.2, 4.03, seconds=110),
+        ]
+    )["a"]
+    found = equal_or_better(points, reference)
+    assert found is not None
+    assert found.rate == 2e-4
+    found = equal_or_better(points, reference, in_time=False)
+    assert found is not None
+    assert found.rate == 3e-4
+    assert equal_or_better(points[:1], reference) is None
+
+
+def test_comparison_pairs_seeds_and_counts_forgetting_over_the_base() -> None:
+    mine = points_of(
+        [
+            result("a", 1e-4, 0.2, 4.02, seed=1, matches=(1, 1)),
+            result("a", 1e-4, 0.2, 4.02, seed=2, matches=(1, 1)),
+        ]
+    )["a"][0]
+    other = points_of([result("lora", 1e-3, 0.3, 4.1, seed=1, matches=(1, 0))])["lora"][0]
+    found = compare(mine, other, BASE["generalLoss"])
+    assert found["seeds"] == 1
+    assert found["forgettingRatio"] == pytest.approx(0.2, abs=1e-3)
+    assert found["exactMatchWonLost"] == [1, 0]
+    low, high = found["forgettingDifferenceInterval95"]
+    assert low == pytest.approx(-0.08, abs=1e-3)
+    assert high == pytest.approx(-0.08, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("won", "lost", "expected"), [(0, 0, 1.0), (5, 5, 1.0), (10, 0, 2 / 2**10), (8, 1, 20 / 2**9)]
+)
+def test_mcnemar_is_the_exact_binomial(won: int, lost: int, expected: float) -> None:
+    assert mcnemar(won, lost) == pytest.approx(expected)
+
+
+def test_summary_has_what_the_page_and_readers_of_the_file_need(tmp_path: Path) -> None:
+    results = [
+        result("lora", 1e-3, 0.3, 4.1),
+        result("open-top", 1e-4, 0.2, 4.03, seconds=90),
+        result("full", 1e-4, 0.9, 4.01),
+    ]
+    summary = {"base": BASE, **summarise(results, BASE, titles(), REFERENCE)}
+    arms = {arm["name"]: arm for arm in summary["arms"]}
+    assert list(arms) == ["lora", "full", "open-top"]
+    needed = {"exactMatch", "validationLoss", "generalLoss", "klToBase", "seconds"}
+    assert needed | {"peakMemoryBytes"} <= arms["lora"].keys()
+    assert needed | {"peakMemoryBytes", "seed"} <= arms["lora"]["seeds"][0].keys()
+    assert set(summary["fronts"]) == set(arms)
+    assert summary["againstLora"]["open-top"]["inTime"]["forgettingRatio"] == pytest.approx(0.3)
+    assert summary["againstLora"]["full"]["anyTime"] is None
+
+    page = tmp_path / "quality.md"
+    marks = [f"{BEGIN.format(name)}\nold\n{END}" for name in ("arms", "against", "fronts")]
+    page.write_text("# Quality\n\n" + "\n\nWords.\n\n".join(marks) + "\n")
+    write_tables(page, summary)
+    text = page.read_text()
+    assert "old" not in text
+    assert text.count("Words.") == 2
+    assert "| not reached |" in text
+    assert "| 0.30 |" in text
+    write_tables(page, summary)
+    assert page.read_text() == text
