@@ -115,6 +115,8 @@ class RunPass:
 
     def stage_file(self, step: Step) -> StageConfig:
         """Return what a trainer is given for `step` now."""
+        evaluation = self.status.evaluation
+        averaging = evaluation.averaging if evaluation is not None else None
         return build_stage_file(
             self.owner,
             self.spec,
@@ -123,6 +125,7 @@ class RunPass:
             stages=self.stages,
             digests=self._digests_before(step),
             micro_batch_size=self.record_of(step).micro_batch_size,
+            averaging_alpha=averaging.chosen if averaging is not None else None,
         )
 
     def _digests_before(self, step: Step) -> list[str]:
