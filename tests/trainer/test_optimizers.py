@@ -176,19 +176,20 @@ def test_large_tensor_is_updated_in_parts_with_the_same_result(
 
 
 def test_stochastic_rounding_keeps_updates_that_plain_rounding_loses() -> None:
-    """A thousand steps of a thousandth of the distance to the next bf16 number above 1."""
+    """A thousand steps of a thousandth of the distance to the next bf16 number below 1."""
     torch.manual_seed(0)
-    steps, rate = 1000, 2.0**-7 / 1000
+    steps, rate = 1000, 2.0**-8 / 1000
     plain, stochastic = (nn.Parameter(torch.ones(64, 64).bfloat16()) for _ in range(2))
     usual = torch.optim.AdamW([plain], lr=rate, weight_decay=0.0)
     ours = make_optimizer({"weight": stochastic}, EIGHT_BIT)
     ours.param_groups[0]["lr"] = rate
     for _ in range(steps):
-        plain.grad, stochastic.grad = (-torch.ones_like(plain) for _ in range(2))
+        plain.grad, stochastic.grad = (torch.ones_like(plain) for _ in range(2))
         usual.step()
         ours.step()
     assert torch.equal(plain, torch.ones_like(plain))
-    assert float(stochastic.detach().float().mean()) == pytest.approx(1 + 2.0**-7, abs=2.0**-7 / 20)
+    mean = float(stochastic.detach().float().mean())
+    assert mean == pytest.approx(1 - 2.0**-8, abs=2.0**-8 / 10)
 
 
 def stepped(state: TrainingState, steps: int) -> None:
