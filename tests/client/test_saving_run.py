@@ -73,7 +73,7 @@ def test_real_model_is_tuned_with_little_memory_and_averaged(
 ) -> None:
     inputs = tmp_path / "inputs"
     command(pytestconfig.rootpath / "examples/quickstart/build_inputs.py", "--output", inputs)
-    for name, count in (("train", 48), ("validation", 16)):
+    for name, count in (("train", 48), ("validation", 8)):
         rows = (inputs / f"{name}.jsonl").read_text().splitlines(keepends=True)
         (inputs / f"few-{name}.jsonl").write_text("".join(rows[:count]))
     spec: dict[str, Any] = {
