@@ -126,8 +126,8 @@ class _Run:
         facts, machine = self._prepare()
         plan = self._plan(facts, machine)
         chain = self._train(plan, facts)
-        self._evaluate(plan, facts, chain)
-        export = self._export(plan, facts, chain)
+        alpha = self._evaluate(plan, facts, chain)
+        export = self._export(plan, facts, chain, alpha)
         report = write_run_report(self._layout, self._file.manifest, plan)
         self._board.succeeded(export)
         return report
@@ -240,7 +240,8 @@ class _Run:
             return False
         return True
 
-    def _evaluate(self, plan: Plan, facts: Facts, chain: list[ParentRef]) -> None:
+    def _evaluate(self, plan: Plan, facts: Facts, chain: list[ParentRef]) -> float | None:
+        """Measure, and return the share of the tuned weights where it was chosen there."""
         layout = self._layout.task("evaluate")
         config = self._config(Task.EVALUATE, layout, facts, chain=chain, stages=plan.stages)
         report = finished_report(layout, config)
@@ -250,10 +251,21 @@ class _Run:
         if report.evaluation is None:
             raise RuntimeError("the evaluation succeeded without a result")
         self._board.evaluated(report.evaluation)
+        averaging = report.evaluation.averaging
+        return averaging.chosen if averaging is not None else None
 
-    def _export(self, plan: Plan, facts: Facts, chain: list[ParentRef]) -> str:
+    def _export(
+        self, plan: Plan, facts: Facts, chain: list[ParentRef], averaging_alpha: float | None
+    ) -> str:
         layout = self._layout.task("export")
-        config = self._config(Task.EXPORT, layout, facts, chain=chain, stages=plan.stages)
+        config = self._config(
+            Task.EXPORT,
+            layout,
+            facts,
+            chain=chain,
+            stages=plan.stages,
+            averaging_alpha=averaging_alpha,
+        )
         report = finished_report(layout, config)
         if report is None or not self._export_is_sound(report):
             self._board.enter(RunState.EXPORTING, ConditionReason.EXPORTING)
@@ -282,6 +294,7 @@ class _Run:
         stage: PlannedStage | None = None,
         chain: list[ParentRef] | None = None,
         stages: list[PlannedStage] | None = None,
+        averaging_alpha: float | None = None,
     ) -> StageConfig:
         """Return the file that a trainer is given for `task`."""
         return StageConfig(
@@ -305,6 +318,7 @@ class _Run:
             stage=stage,
             chain=list(chain or []),
             stages=list(stages or []),
+            averaging_alpha=averaging_alpha,
         )
 
     def _run_task(

@@ -11,7 +11,13 @@ from pydantic import Field
 from stagetune_api.base import ApiModel
 from stagetune_api.files import write_file_atomically
 from stagetune_api.names import RunLayout
-from stagetune_api.report import ModelScores, SampleAnswer, StageReport
+from stagetune_api.report import (
+    AveragingResult,
+    ModelScores,
+    SampleAnswer,
+    StageReport,
+    StopReason,
+)
 from stagetune_api.spec import LayerRange, StagedFineTune
 from stagetune_api.stage import StageEstimate
 from stagetune_api.status import StageState
@@ -31,6 +37,8 @@ class StageSummary(ApiModel):
     """steps that were taken."""
     best_step: int
     """bestStep whose weights were handed on."""
+    stopped_by: StopReason | None = None
+    """stoppedBy says what of earlyStopping ended the stage, where it ended before its last step."""
     learning_rate: float
     """learningRate at its highest."""
     trainable_parameters: int
@@ -68,6 +76,8 @@ class RunReport(ApiModel):
     """exactMatchRows that were answered."""
     samples: list[SampleAnswer]
     """samples of answers before and after."""
+    averaging: AveragingResult | None = None
+    """averaging of base and tuned weights, where its share was left to the validation rows."""
     stages: Annotated[list[StageSummary], Field(max_length=128)]
     """stages in running order."""
     prepare_seconds: float
@@ -105,6 +115,7 @@ def write_run_report(layout: RunLayout, manifest: StagedFineTune, plan: Plan) ->
         after=evaluate.evaluation.after,
         exact_match_rows=evaluate.evaluation.exact_match_rows,
         samples=evaluate.evaluation.samples,
+        averaging=evaluate.evaluation.averaging,
         stages=stages,
         prepare_seconds=prepare.seconds,
         evaluation_seconds=evaluate.seconds,
@@ -133,6 +144,7 @@ def _summarise(plan: Plan, index: int, report: StageReport) -> StageSummary:
         state=StageState.SUCCEEDED,
         steps=train.steps,
         best_step=train.best_step,
+        stopped_by=train.stopped_by,
         learning_rate=stage.learning_rate,
         trainable_parameters=train.trainable_parameters,
         seconds=report.seconds,

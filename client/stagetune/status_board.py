@@ -130,6 +130,7 @@ class StatusBoard:
             step=train.steps,
             loss=train.loss,
             validation_loss=train.validation_loss,
+            stopped_by=train.stopped_by,
             tokens_per_second=train.tokens_per_second,
             eta_seconds=None,
             checkpoint=report.output,

@@ -122,6 +122,13 @@ def print_report(console: Console, report: RunReport) -> None:
         highlight=False,
         soft_wrap=True,
     )
+    if report.averaging is not None:
+        console.print(
+            f"The exported weights are {report.averaging.chosen:g} tuned and the rest the base's, "
+            "as chosen on the validation rows.",
+            highlight=False,
+            soft_wrap=True,
+        )
     console.print(f"Exported to {report.export}", markup=False, highlight=False, soft_wrap=True)
 
 

@@ -65,6 +65,13 @@ class CheckpointRef(ApiModel):
     """step of the optimizer at which it was taken."""
 
 
+class StopReason(StrEnum):
+    """Why a stage ended before its last step."""
+
+    PATIENCE = "Patience"
+    GAIN = "Gain"
+
+
 class TrainResult(ApiModel):
     """What a training stage measured."""
 
@@ -73,7 +80,9 @@ class TrainResult(ApiModel):
     planned_steps: int
     """plannedSteps of the plan; more than `steps` after an early stop."""
     stopped_early: bool
-    """stoppedEarly says whether patience ran out."""
+    """stoppedEarly says whether earlyStopping ended the stage."""
+    stopped_by: StopReason | None = None
+    """stoppedBy says what of earlyStopping did: its patience, or minGainPerMinute."""
     best_step: int
     """bestStep whose weights are handed on."""
     loss: float | None
@@ -118,6 +127,17 @@ class ModelScores(ApiModel):
     """klToBase is KL(base || tuned) on validation answer tokens, in nats a token; only after."""
 
 
+class AveragingResult(ApiModel):
+    """The share of the tuned weights that was chosen on the validation rows."""
+
+    alphas: Annotated[list[float], Field(max_length=101)]
+    """alphas that were tried."""
+    validation_losses: Annotated[list[float], Field(max_length=101)]
+    """validationLosses with each of them, mean over answer tokens, in nats."""
+    chosen: float
+    """chosen alpha: that of the exported model."""
+
+
 class EvaluationResult(ApiModel):
     """The base model and the exported one, side by side."""
 
@@ -129,6 +149,8 @@ class EvaluationResult(ApiModel):
     """exactMatchRows that were answered."""
     samples: Annotated[list[SampleAnswer], Field(max_length=20)]
     """samples of answers before and after."""
+    averaging: AveragingResult | None = None
+    """averaging of base and tuned weights, where its share was left to the validation rows."""
 
 
 class Timings(ApiModel):

@@ -148,6 +148,39 @@ SPEC_RULES = (
     ),
     Rule(
         "spec",
+        "!self.training.optimizerInBackward || (has(self.stages) ? self.stages.all(s, "
+        "(has(s.batchSize) ? s.batchSize : self.training.batchSize) == "
+        "(has(s.microBatchSize) ? s.microBatchSize : self.training.microBatchSize)) : "
+        "self.training.batchSize == self.training.microBatchSize)",
+        "optimizerInBackward needs a batch of one micro-batch; make microBatchSize equal to "
+        "batchSize, or leave it out",
+        ".training.optimizerInBackward",
+    ),
+    *(
+        rule
+        for field in ("averaging", "depthScaling")
+        for rule in (
+            Rule(
+                "spec",
+                f"!has(self.protection) || !has(self.protection.{field}) || "
+                "self.method.type != 'Expand'",
+                f"{field} has no base weights for the blocks that method.type Expand adds; leave "
+                "it out",
+                f".protection.{field}",
+            ),
+            Rule(
+                "spec",
+                f"!has(self.protection) || !has(self.protection.{field}) || "
+                "self.method.type == 'Expand' || !has(self.method.lora) || "
+                "!self.method.lora.dora || self.export.format != 'Adapter'",
+                f"{field} of DoRA gives weights that no adapter holds; use export.format: Merged "
+                "or leave it out",
+                f".protection.{field}",
+            ),
+        )
+    ),
+    Rule(
+        "spec",
         f"self.export.format != 'Adapter' || {_USES_LORA}",
         "export.format Adapter needs method.type LoRA or QLoRA; use Merged",
         ".export.format",

@@ -121,7 +121,7 @@ class LearningRateSchedule(StrEnum):
 
 
 class Precision(StrEnum):
-    """The number format of the computation; what trains is always kept in fp32."""
+    """The number format of the computation; `optimizer` says in which one what trains is kept."""
 
     AUTO = "Auto"
     BF16 = "BF16"
@@ -420,7 +420,8 @@ class EarlyStoppingSpec(ApiModel):
     """minDelta is the least fall of the validation loss that counts as improvement."""
     min_gain_per_minute: Annotated[float, Field(gt=0, le=1000)] | None = None
     """minGainPerMinute ends the stage once the validation loss fell by less than this for each
-    minute of training since the validation before, in nats a token. Left out, time does not count.
+    minute of training since the validation before, in nats a token. Left out, time does not count;
+    with it, how many steps are taken depends on the machine's speed.
     """
 
 
@@ -452,7 +453,7 @@ class TrainingSpec(ApiModel):
     optimizer_in_backward: bool = False
     """optimizerInBackward applies each parameter's update as soon as its gradient is there and
     frees the gradient, so that the gradients of a large group never stand together. A batch is then
-    one micro-batch, and gradients are clipped one by one."""
+    one micro-batch (`microBatchSize` equals `batchSize`), and gradients are clipped one by one."""
     precision: Precision = Precision.AUTO
     """precision of the computation. Auto is BF16 on a GPU and FP32 on a CPU."""
     gradient_checkpointing: GradientCheckpointing = GradientCheckpointing.ALWAYS
@@ -515,8 +516,8 @@ class AveragingSpec(ApiModel):
     """Average base and tuned weights at export (WiSE-FT, arXiv 2109.01903)."""
 
     alpha: Fraction | None = None
-    """alpha is the share of the tuned weights. Left out, the smallest share is taken whose
-    validation loss is within `tolerance` of the best one's."""
+    """alpha is the share of the tuned weights. Left out, the smallest of 0, 0.1, ..., 1 is taken
+    whose validation loss is within `tolerance` of the best one's."""
     tolerance: Annotated[float, Field(ge=0, le=10)] = 0.02
     """tolerance is how much validation loss, in nats a token, may be given up for a smaller share;
     without meaning where `alpha` is given."""

@@ -168,6 +168,8 @@ class StageConfig(ApiModel):
     """chain of the outputs of all earlier stages, oldest first; the last one is the parent."""
     stages: Annotated[list[PlannedStage], Field(max_length=128)] = Field(default_factory=list)
     """stages of the whole plan; for Export, which names them in the model card."""
+    averaging_alpha: Annotated[float, Field(ge=0, le=1)] | None = None
+    """averagingAlpha that Evaluate has chosen; for Export, where the manifest gives none."""
 
     @model_validator(mode="after")
     def _has_what_its_task_needs(self) -> Self:
@@ -183,6 +185,14 @@ class StageConfig(ApiModel):
             missing.append("stage")
         if self.task in (Task.EXPORT, Task.EVALUATE) and not self.chain:
             missing.append("chain")
+        averaging = self.protection.averaging
+        if (
+            self.task is Task.EXPORT
+            and averaging is not None
+            and averaging.alpha is None
+            and self.averaging_alpha is None
+        ):
+            missing.append("averagingAlpha")
         if missing:
             raise ValueError(f"a {self.task} task needs {', '.join(missing)}")
         return self

@@ -8,7 +8,7 @@ from typing import Annotated
 from pydantic import Field
 
 from stagetune_api.base import ApiModel
-from stagetune_api.report import CheckpointRef, EvaluationResult, Failure
+from stagetune_api.report import CheckpointRef, EvaluationResult, Failure, StopReason
 from stagetune_api.spec import LayerRange
 from stagetune_api.stage import StageEstimate
 
@@ -161,6 +161,8 @@ class StageStatus(ApiModel):
     """loss of the last reported step."""
     validation_loss: float | None = None
     """validationLoss, last computed; once the stage is done, that of what it handed on."""
+    stopped_by: StopReason | None = None
+    """stoppedBy says what of earlyStopping ended the stage, where it ended before its last step."""
     tokens_per_second: float | None = None
     """tokensPerSecond, last reported."""
     eta_seconds: int | None = None

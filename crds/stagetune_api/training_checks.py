@@ -12,9 +12,9 @@ from stagetune_api.spec import (
     DataPartition,
     EngineType,
     ExplicitStageSpec,
+    ExportFormat,
     LoraSpec,
     MethodType,
-    OptimizerType,
     Order,
     PrefixCache,
     ScheduleSpec,
@@ -128,11 +128,55 @@ def _check_training(spec: StagedFineTuneSpec) -> Iterator[Problem]:
         )
 
 
+def _check_optimizer_in_backward(spec: StagedFineTuneSpec) -> Iterator[Problem]:
+    training = spec.training
+    if not training.optimizer_in_backward:
+        return
+    sizes = {"spec.training": (training.batch_size, training.micro_batch_size)}
+    if spec.stages is not None:
+        sizes = {
+            f"spec.stages[{index}]": (
+                stage.batch_size or training.batch_size,
+                stage.micro_batch_size or training.micro_batch_size,
+            )
+            for index, stage in enumerate(spec.stages)
+        }
+    for path, (batch_size, micro_batch_size) in sizes.items():
+        if batch_size != micro_batch_size:
+            yield conflict(
+                "spec.training.optimizerInBackward",
+                f"a batch is one micro-batch with it, and that of {path} has {batch_size} rows in "
+                f"micro-batches of {micro_batch_size}; make both sizes equal, or leave "
+                "optimizerInBackward out",
+            )
+
+
+def _check_weights_at_export(spec: StagedFineTuneSpec) -> Iterator[Problem]:
+    """Refuse averaging and depthScaling where there is no base weight, or no line to it."""
+    lora = spec.method.lora
+    dora = lora is not None and lora.dora and spec.method.type is not MethodType.EXPAND
+    for name in ("averaging", "depth_scaling"):
+        if spec.protection is None or getattr(spec.protection, name) is None:
+            continue
+        path = f"spec.protection.{to_camel(name)}"
+        if spec.method.type is MethodType.EXPAND:
+            yield conflict(
+                path,
+                "method.type Expand adds blocks, and the base has no weights to average them with; "
+                "leave it out",
+            )
+        if dora and spec.export.format is ExportFormat.ADAPTER:
+            yield conflict(
+                path,
+                "the weights that a DoRA adapter gives do not lie on a line to the base's, so no "
+                "adapter holds their average; use export.format: Merged or leave it out",
+            )
+
+
 def check_not_yet_supported(spec: StagedFineTuneSpec) -> Iterator[Problem]:
     """Refuse what the API already names and no program does yet: nothing is silently ignored."""
     yield from _methods_not_yet(spec)
     yield from _schedules_not_yet(spec)
-    yield from _optimizers_not_yet(spec)
     yield from _protection_not_yet(spec)
     if spec.training.prefix_cache is not PrefixCache.NEVER:
         yield not_yet("spec.training.prefixCache", "prefix caches", "use Never or leave it out")
@@ -171,20 +215,8 @@ def _schedules_not_yet(spec: StagedFineTuneSpec) -> Iterator[Problem]:
                 yield not_yet(path, f"stages with {alias}", "leave it out")
 
 
-def _optimizers_not_yet(spec: StagedFineTuneSpec) -> Iterator[Problem]:
-    training = spec.training
-    if training.optimizer is OptimizerType.ADAMW_8BIT:
-        yield not_yet("spec.training.optimizer", "8-bit optimizer states", "use AdamW")
-    if training.optimizer_in_backward:
-        path = "spec.training.optimizerInBackward"
-        yield not_yet(path, "optimizers in the backward pass", "leave it out")
-    if training.early_stopping and training.early_stopping.min_gain_per_minute is not None:
-        path = "spec.training.earlyStopping.minGainPerMinute"
-        yield not_yet(path, "bounds on the gain for each minute", "leave it out")
-
-
 def _protection_not_yet(spec: StagedFineTuneSpec) -> Iterator[Problem]:
-    for name in ("distillation", "anchor", "replay", "averaging", "depth_scaling"):
+    for name in ("distillation", "anchor", "replay"):
         if spec.protection is not None and getattr(spec.protection, name) is not None:
             path = f"spec.protection.{to_camel(name)}"
             yield not_yet(path, f"{to_camel(name)} methods", "leave it out")
@@ -195,5 +227,7 @@ TRAINING_RULES: Sequence[Callable[[StagedFineTuneSpec], Iterator[Problem]]] = (
     _check_explicit_stages,
     _check_method,
     _check_training,
+    _check_optimizer_in_backward,
+    _check_weights_at_export,
 )
 """Each gives the problems of its kind."""

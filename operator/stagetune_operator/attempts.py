@@ -104,6 +104,10 @@ def _start(run: RunPass, step: Step) -> Standing:
     """Make the Job for the next attempt at `step`."""
     if run.spec.suspend:
         return run.suspended()
+    if step.task is Task.EXPORT and run.lacks_averaging_alpha:
+        evaluate = next(item for item in run.steps if item.task is Task.EVALUATE)
+        run.begin_again(evaluate)
+        return _start(run, evaluate)
     record = run.record_of(step)
     if record.state is StageState.INTERRUPTED:
         # It was ended by the suspension, which does not count.

@@ -23,13 +23,10 @@ from stagetune_api.spec import (
     TrainingSpec,
 )
 from stagetune_api.stage import StageEstimate
+from stagetune_operator.state_bytes import state_bytes
 
 DEVICE_CONTEXT_BYTES = 6 * 2**30 // 10
 """An allowance of 0.6 GiB for the CUDA context, cuBLAS workspaces and the allocator's rounding."""
-TRAINING_STATE_BYTES_PER_PARAMETER = 16
-"""fp32 master, fp32 gradient and AdamW's two fp32 moments."""
-CHECKPOINT_BYTES_PER_PARAMETER = 16
-"""fp32 master, AdamW's two fp32 moments and the best master so far."""
 CHECKPOINTS_AT_ONCE = 2
 """The one being written and the one it replaces."""
 _EXTRA_NORM_TYPES = frozenset({"gemma2", "gemma3_text"})  # a norm behind each block too
@@ -70,22 +67,28 @@ def estimate_stage(
     model = facts.model
     element = element_bytes(training, machine)
     trainable = trainable_parameters(model, method, scope)
-    state = trainable * TRAINING_STATE_BYTES_PER_PARAMETER
+    state = state_bytes(
+        method,
+        training,
+        element=element,
+        trainable=trainable,
+        largest=_largest_tensor(model, method, scope),
+    )
     frozen = model.parameters - (trainable if method.type is MethodType.FULL else 0)
     idle_adapters = len(scope.adapted_layers) * _adapter_parameters(model, method)
     weights = frozen * element + idle_adapters * 4
     output = element if method.type is MethodType.FULL else 4
     context = DEVICE_CONTEXT_BYTES if machine.is_gpu else 0
-    activations = _activation_bytes(facts, method, training, scope, element)
+    activations = _activation_bytes(facts, method, training, scope, element, state.master)
     flops = step_flops(facts, method, training, scope)
     full = step_flops(facts, MethodSpec(), training, _everything(model))
     return StageEstimate(
         trainable_parameters=trainable,
         weights_bytes=weights,
-        training_state_bytes=state,
+        training_state_bytes=state.memory,
         activation_bytes=activations,
-        memory_bytes=weights + state + activations + context,
-        disk_bytes=trainable * (CHECKPOINTS_AT_ONCE * CHECKPOINT_BYTES_PER_PARAMETER + output),
+        memory_bytes=weights + state.memory + activations + context,
+        disk_bytes=CHECKPOINTS_AT_ONCE * state.checkpoint + trainable * output,
         step_flops=flops,
         relative_step_flops=round(flops / full, 6),
     )
@@ -147,6 +150,16 @@ def trainable_parameters(model: ModelFacts, method: MethodSpec, scope: StageScop
     )
 
 
+def _largest_tensor(model: ModelFacts, method: MethodSpec, scope: StageScope) -> int:
+    """Return the parameters of the largest tensor that trains."""
+    if method.type is MethodType.LORA:
+        rank = (method.lora or LoraSpec()).rank
+        return rank * max((max(shape) for shape in adapted_shapes(model, method)), default=0)
+    matrices = [inputs * outputs for inputs, outputs in model.layer.linear_shapes.values()]
+    embeddings = model.embedding_parameters if scope.embeddings else 0
+    return max([*matrices, embeddings, model.head_parameters if scope.head else 0])
+
+
 def layer_activation_bytes(
     model: ModelFacts, *, trained: bool, element: int, row_tokens: int
 ) -> int:
@@ -184,14 +197,18 @@ def layer_activation_bytes(
 
 
 def _activation_bytes(
-    facts: Facts, method: MethodSpec, training: TrainingSpec, scope: StageScope, element: int
+    facts: Facts,
+    method: MethodSpec,
+    training: TrainingSpec,
+    scope: StageScope,
+    element: int,
+    master: int,
 ) -> int:
     """Return the bytes at the widest point of one micro-batch of the longest row.
 
     With gradient checkpointing that is either the loss or the recomputation of one trained layer
     with autocast's bf16 copy of its weights, on top of the layers' borders; without, everything at
-    once. A head that trains computes in fp32, and the gradient of one micro-batch stands beside the
-    sum of the others.
+    once. A head that trains computes in its masters' format, beside the newest gradient.
     """
     model, data = facts.model, facts.data
     row = data.max_row_tokens
@@ -200,9 +217,9 @@ def _activation_bytes(
     trained = layer_activation_bytes(model, trained=True, element=element, row_tokens=row)
     trained += element * rank * len(adapted_shapes(model, method))
     last_norm = model.hidden_size * (4 + element)
-    copy = _working_copy_bytes(model, method) if element == 2 else 0
-    loss = _loss_bytes(model, data, tokens, 4 if scope.head else element)
-    loss += 4 * model.vocab_size * model.hidden_size if scope.head else 0
+    copy = _working_copy_bytes(model, method) if element < master else 0
+    loss = _loss_bytes(model, data, tokens, master if scope.head else element)
+    loss += master * model.vocab_size * model.hidden_size if scope.head else 0
     if training.gradient_checkpointing is GradientCheckpointing.ALWAYS:
         borders = (model.num_layers - scope.layers.first) * model.hidden_size * element
         return tokens * (borders + last_norm) + max(tokens * trained + copy, loss)

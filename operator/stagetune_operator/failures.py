@@ -133,7 +133,7 @@ def decide_remedy(
     if failure_class in _HOPELESS:
         return GiveUp(failure=failure)
     if failure_class is FailureClass.OUT_OF_MEMORY:
-        return _with_less_memory(failure, step, training.batch_size, micro_batch_size)
+        return _with_less_memory(failure, step, training, micro_batch_size)
     if failures > max_retries:
         return GiveUp(failure=_after(failure, failures))
     if damaged is not None:
@@ -150,11 +150,16 @@ def _after(failure: Failure, failures: int) -> Failure:
 
 
 def _with_less_memory(
-    failure: Failure, step: Step, batch_size: int, micro_batch_size: int
+    failure: Failure, step: Step, training: TrainingSpec, micro_batch_size: int
 ) -> Retry | GiveUp:
-    if step.task in (Task.TRAIN, Task.EVALUATE) and micro_batch_size > 1:
-        return Retry(delay_seconds=0.0, micro_batch_size=halved(micro_batch_size, batch_size))
+    # With the optimizer in the backward pass a batch cannot be split.
+    is_whole = step.task is Task.TRAIN and training.optimizer_in_backward
+    if step.task in (Task.TRAIN, Task.EVALUATE) and micro_batch_size > 1 and not is_whole:
+        smaller = halved(micro_batch_size, training.batch_size)
+        return Retry(delay_seconds=0.0, micro_batch_size=smaller)
     cure = "; the micro-batch is as small as it can be" if step.task is Task.TRAIN else ""
+    if is_whole:
+        cure = "; with optimizerInBackward a batch is one micro-batch: lower batchSize"
     message = f"{failure.message}{cure}"[:8192]
     return GiveUp(failure=failure.model_copy(update={"message": message}))
 

@@ -140,6 +140,7 @@ def begun_again(status: StagedFineTuneStatus, record: Record) -> StagedFineTuneS
     }
     if isinstance(record, StageStatus):
         values |= {"measured": None, "step": 0, "eta_seconds": None, "handoff_seconds": None}
+        values |= {"stopped_by": None}
     return _with(status, record.model_copy(update=values))
 
 
@@ -169,6 +170,7 @@ def trained_values(
         "step": train.steps,
         "loss": train.loss,
         "validation_loss": train.validation_loss,
+        "stopped_by": train.stopped_by,
         "tokens_per_second": train.tokens_per_second,
         "eta_seconds": None,
         "checkpoint": report.output,

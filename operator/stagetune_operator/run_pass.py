@@ -123,7 +123,22 @@ class RunPass:
             stages=self.stages,
             digests=self._digests_before(step),
             micro_batch_size=self.record_of(step).micro_batch_size,
+            averaging_alpha=self._averaging_alpha,
         )
+
+    @property
+    def _averaging_alpha(self) -> float | None:
+        """The share of the tuned weights that was chosen in evaluate; None where none was."""
+        evaluation = self.status.evaluation
+        averaging = evaluation.averaging if evaluation is not None else None
+        return averaging.chosen if averaging is not None else None
+
+    @property
+    def lacks_averaging_alpha(self) -> bool:
+        """Whether evaluate has to choose a share and the status does not say which it was."""
+        averaging = self.spec.protection.averaging if self.spec.protection is not None else None
+        is_left_open = averaging is not None and averaging.alpha is None
+        return is_left_open and self._averaging_alpha is None
 
     def _digests_before(self, step: Step) -> list[str]:
         """Return the digests of the outputs that `step` goes on from."""

@@ -57,6 +57,7 @@ def build_stage_file(
     stages: Sequence[PlannedStage] = (),
     digests: Sequence[str] = (),
     micro_batch_size: int | None = None,
+    averaging_alpha: float | None = None,
 ) -> StageConfig:
     """Return the file for `step`, which goes on from the outputs with `digests`, oldest first."""
     layout = run_layout(owner)
@@ -97,6 +98,7 @@ def build_stage_file(
             "stage": step.stage if step.task is Task.TRAIN else None,
             "chain": chain,
             "stages": list(stages) if step.task in (Task.EVALUATE, Task.EXPORT) else [],
+            "averaging_alpha": averaging_alpha if step.task is Task.EXPORT else None,
             **values,
         }
     )

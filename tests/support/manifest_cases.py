@@ -72,6 +72,9 @@ SECTIONS_WITH_DEFAULTS: Edits = {
 LOWER = {"name": "lower", "layers": {"first": 0, "last": 3}}
 UPPER = {"name": "upper", "layers": {"first": 4, "last": 7}}
 RATES = {"bottom": 5e-5, "top": 1e-4}
+IN_BACKWARD = {"learningRate": 1e-4, "optimizerInBackward": True}
+AT_EXPORT = {"averaging": {}, "depthScaling": {"bottom": 0.5}}
+DORA: Edits = {"spec.method": {"type": "LoRA", "lora": {"dora": True}}}
 
 
 def in_stages(*stages: Node, **edits: Any) -> Edits:
@@ -256,6 +259,46 @@ CASES = {
             "spec.training.microBatchSize",
         ),
     ],
+    "optimizerInBackward needs a batch of one micro-batch": [
+        Case(
+            {"spec.training.optimizerInBackward": True, "spec.training.microBatchSize": 8},
+            {"spec.training.optimizerInBackward": True, "spec.training.microBatchSize": 16},
+            "spec.training.optimizerInBackward",
+        ),
+        Case(
+            in_stages(
+                LOWER,
+                {**UPPER, "batchSize": 8},
+                **{"spec.training": {**IN_BACKWARD, "batchSize": 4, "microBatchSize": 4}},
+            ),
+            in_stages(
+                {**LOWER, "microBatchSize": 16},
+                {**UPPER, "batchSize": 8, "microBatchSize": 8},
+                **{"spec.training": {**IN_BACKWARD, "microBatchSize": 4}},
+            ),
+            "spec.training.optimizerInBackward",
+        ),
+    ],
+    **{
+        f"{field} has no base weights": [
+            Case(
+                {"spec.method.type": "Expand", f"spec.protection.{field}": value},
+                {"spec.method.type": "LoRA", f"spec.protection.{field}": value},
+                f"spec.protection.{field}",
+            )
+        ]
+        for field, value in AT_EXPORT.items()
+    },
+    **{
+        f"{field} of DoRA": [
+            Case(
+                {**DORA, "spec.export.format": "Adapter", f"spec.protection.{field}": value},
+                {**DORA, "spec.export.format": "Merged", f"spec.protection.{field}": value},
+                f"spec.protection.{field}",
+            )
+        ]
+        for field, value in AT_EXPORT.items()
+    },
     "export.format Adapter needs": [
         Case(
             {"spec.export.format": "Adapter"},

@@ -8,12 +8,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from stagetune_api.spec import LayerRange, LoraSpec, MethodSpec
+from stagetune_api.spec import LayerRange, LoraSpec, MethodSpec, TrainingSpec
 from stagetune_api.stage import PlannedStage, RowRange, StageEstimate
 from stagetune_trainer.decoder import Decoder, find_decoder
 from stagetune_trainer.methods import make_method
 from stagetune_trainer.methods.lora import LoraMethod, merge_adapters
-from stagetune_trainer.train import make_optimizer
+from stagetune_trainer.optimizers import make_optimizer
 
 FAMILIES = ["llama", "qwen2", "qwen3", "mistral", "gemma", "phi", "phi3"]
 MakeModel = Callable[..., Path]
@@ -179,7 +179,7 @@ def test_unsupported_method_is_refused() -> None:
 def test_optimizer_holds_what_the_stage_opened_and_nothing_else(make_tiny_model: MakeModel) -> None:
     decoder = load(make_tiny_model("llama"))
     opened = make_method(MethodSpec()).open(decoder, stage(1, 1))
-    optimizer = make_optimizer(opened, weight_decay=0.1)
+    optimizer = make_optimizer(opened, TrainingSpec(weight_decay=0.1))
     held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     assert {id(parameter) for parameter in held} == {id(parameter) for parameter in opened.values()}
     assert all(parameter.requires_grad for parameter in held)

@@ -465,3 +465,48 @@ def test_the_higher_a_stage_the_less_it_computes(first: int, method: MethodSpec)
     assert higher.step_flops < lower.step_flops
     assert higher.activation_bytes < lower.activation_bytes
     assert higher.trainable_parameters == lower.trainable_parameters
+
+
+def _stage(training: TrainingSpec, method: MethodSpec = FULL) -> StageEstimate:
+    return estimate_stage(_facts(QWEN), method, training, StageScope(LayerRange(first=0, last=3)))
+
+
+def _bytes_per_parameter(estimate: StageEstimate) -> float:
+    return estimate.training_state_bytes / estimate.trainable_parameters
+
+
+def test_training_state_follows_the_optimizer_and_its_number_format() -> None:
+    """Masters, gradients and moments: 4 + 4 + 8; 2 + 2 + 2.03; 4 + 4 + 2.03 bytes."""
+    small = {"optimizer": "AdamW8bit", "micro_batch_size": 16}
+    assert _bytes_per_parameter(_stage(TrainingSpec())) == 16
+    bf16 = _stage(TrainingSpec.model_validate(small))
+    fp32 = _stage(TrainingSpec.model_validate({**small, "precision": "FP32"}))
+    temporary = 32 * 2**24
+    for estimate, expected in ((bf16, 6 + 1 / 32), (fp32, 10 + 1 / 32)):
+        state = estimate.training_state_bytes - temporary
+        assert state / estimate.trainable_parameters == pytest.approx(expected, rel=1e-6)
+    adapters = MethodSpec(type=MethodType.LORA)
+    lora = _stage(TrainingSpec.model_validate(small), adapters)
+    state = lora.training_state_bytes - 32 * 16 * QWEN.intermediate_size
+    assert state / lora.trainable_parameters == pytest.approx(10 + 1 / 32, rel=1e-6)
+
+
+def test_in_the_backward_pass_the_largest_gradient_counts_alone() -> None:
+    usual, one_by_one = (
+        _stage(TrainingSpec(micro_batch_size=16, optimizer_in_backward=value))
+        for value in (False, True)
+    )
+    largest = QWEN.hidden_size * QWEN.intermediate_size
+    saved = usual.training_state_bytes - one_by_one.training_state_bytes
+    assert saved == 4 * (usual.trainable_parameters - largest)
+    assert usual.memory_bytes - one_by_one.memory_bytes == saved
+
+
+def test_checkpoints_with_8_bit_moments_are_smaller() -> None:
+    usual, small = (
+        _stage(TrainingSpec.model_validate({"optimizer": optimizer}))
+        for optimizer in ("AdamW", "AdamW8bit")
+    )
+    count = usual.trainable_parameters
+    assert usual.disk_bytes == count * (2 * 16 + 2)
+    assert small.disk_bytes == pytest.approx(count * (2 * (6 + 1 / 32) + 2), rel=1e-6)

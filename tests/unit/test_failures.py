@@ -185,6 +185,7 @@ def remedy(
     step: Step = TRAIN,
     micro_batch_size: int = 1,
     damaged: str | None = None,
+    **training: Any,
 ) -> Retry | Redo | GiveUp:
     return decide_remedy(
         Failure(failure_class=failure_class, exit_code=1, message="it failed"),
@@ -192,7 +193,7 @@ def remedy(
         failures=failures,
         max_retries=3,
         delay_seconds=10,
-        training=TrainingSpec(batch_size=12, micro_batch_size=6),
+        training=TrainingSpec(batch_size=12, micro_batch_size=6, **training),
         micro_batch_size=micro_batch_size,
         damaged=damaged,
     )
@@ -231,6 +232,12 @@ def test_memory_is_saved_where_there_is_a_batch_to_cut() -> None:
     smaller = remedy(FailureClass.OUT_OF_MEMORY, micro_batch_size=6, failures=99)
     assert smaller == Retry(delay_seconds=0, micro_batch_size=3)
     assert isinstance(remedy(FailureClass.OUT_OF_MEMORY, step=PREPARE, micro_batch_size=6), GiveUp)
+
+
+def test_batch_that_cannot_be_cut_is_the_end_with_a_cure() -> None:
+    final = remedy(FailureClass.OUT_OF_MEMORY, micro_batch_size=12, optimizer_in_backward=True)
+    assert isinstance(final, GiveUp)
+    assert "lower batchSize" in final.failure.message
 
 
 def test_damage_is_repaired_as_often_as_there_are_retries() -> None:

@@ -12,7 +12,7 @@ from fake_cluster import CrashError, Ending, FakeCluster, Script, fails, report_
 from manifest_cases import edited
 from stagetune_api import names
 from stagetune_api.names import TrainerExitCode
-from stagetune_api.report import FailureClass, Timings
+from stagetune_api.report import AveragingResult, FailureClass, Timings
 from stagetune_api.stage import StageConfig
 from stagetune_api.status import StagedFineTuneStatus
 from stagetune_operator.keys import RunKey
@@ -191,6 +191,46 @@ def test_each_stage_goes_on_from_the_verified_outputs_before_it() -> None:
     assert second.chain[0].path.endswith("/stages/01-layers-0-1/output")
     assert len(files["export"].chain) == 2
     assert files["export"].model_digest == "a" * 64
+
+
+def test_export_is_given_the_share_that_evaluate_chose() -> None:
+    operator = begun({"spec.protection": {"averaging": {}}})
+    given: dict[str, float | None] = {}
+
+    def script(config: StageConfig, pod: Object) -> Ending:
+        report = report_for(config)
+        given[config.task.value] = config.averaging_alpha
+        if report.evaluation is not None:
+            chosen = AveragingResult(alphas=[0, 0.6], validation_losses=[2, 1], chosen=0.6)
+            evaluation = report.evaluation.model_copy(update={"averaging": chosen})
+            report = report.model_copy(update={"evaluation": evaluation})
+        return Ending(message=report.termination_message())
+
+    status = operator.finish(script, restarts=True)
+    assert status.state.value == "Succeeded"
+    assert given == {"Prepare": None, "Train": None, "Evaluate": None, "Export": 0.6}
+    assert status.evaluation is not None
+    assert status.evaluation.averaging is not None
+    assert status.evaluation.averaging.chosen == 0.6
+
+
+def test_evaluation_that_is_lost_is_made_again_before_the_export() -> None:
+    """A hand, or an older version, has taken the share out of the status."""
+    operator = begun({"spec.protection": {"averaging": {}}})
+    orders: list[str] = []
+
+    def script(config: StageConfig, pod: Object) -> Ending:
+        orders.append(config.task.value)
+        report = report_for(config)
+        if report.evaluation is not None and orders.count("Evaluate") > 1:
+            chosen = AveragingResult(alphas=[0.6], validation_losses=[1], chosen=0.6)
+            evaluation = report.evaluation.model_copy(update={"averaging": chosen})
+            report = report.model_copy(update={"evaluation": evaluation})
+        return Ending(message=report.termination_message())
+
+    status = operator.finish(script)
+    assert status.state.value == "Succeeded"
+    assert orders[-3:] == ["Evaluate", "Evaluate", "Export"]
 
 
 def test_gpu_is_taken_by_stages_alone() -> None:

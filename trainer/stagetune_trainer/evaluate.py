@@ -12,6 +12,7 @@ from torch.nn import functional
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from stagetune_api.report import (
+    AveragingResult,
     EvaluationResult,
     ModelScores,
     Outcome,
@@ -19,7 +20,8 @@ from stagetune_api.report import (
     StageReport,
 )
 from stagetune_api.stage import StageConfig, Task
-from stagetune_trainer.assemble import assemble, load_base_for_export
+from stagetune_trainer.assemble import assemble, assemble_for_averaging, load_base_for_export
+from stagetune_trainer.averaging import alpha_of, choose_alpha
 from stagetune_trainer.data.batches import (
     Batch,
     ValidationQuestion,
@@ -72,8 +74,9 @@ def evaluate(config: StageConfig, log: ProgressLog) -> StageReport:
     tokenizer = AutoTokenizer.from_pretrained(config.model_directory, trust_remote_code=False)
     before = _measure(base, config, tokenizer, questions, log)
     del base
+    finished, averaging = _finished_model(config, device, log)
     log.message("measuring the finished model")
-    after = _measure(assemble(config, device), config, tokenizer, questions, log)
+    after = _measure(finished, config, tokenizer, questions, log)
     divergence = kl_divergence(before.states, after.states, device)
     samples = [
         SampleAnswer(
@@ -89,6 +92,7 @@ def evaluate(config: StageConfig, log: ProgressLog) -> StageReport:
         after=after.scores.model_copy(update={"kl_to_base": divergence}),
         exact_match_rows=len(_scored(questions, config)),
         samples=samples[: config.evaluation.samples],
+        averaging=averaging,
     )
     return StageReport(
         task=Task.EVALUATE,
@@ -99,6 +103,29 @@ def evaluate(config: StageConfig, log: ProgressLog) -> StageReport:
         device=device.type,
         evaluation=result,
     )
+
+
+@torch.no_grad()
+def _finished_model(
+    config: StageConfig, device: torch.device, log: ProgressLog
+) -> tuple[Decoder, AveragingResult | None]:
+    """Return the model that will be exported, and how its average was chosen where it was."""
+    averaging = config.protection.averaging
+    if averaging is None or alpha_of(config) is not None:
+        return assemble(config, device), None
+    log.message("choosing the share of the tuned weights on the validation rows")
+    decoder, weights = assemble_for_averaging(config, device)
+    loss = AnswerLoss(decoder)
+
+    def validation_loss(alpha: float) -> float:
+        weights.set_share(alpha)
+        found = mean_loss(loss, open_validation_rows(config).batches())
+        log.message(f"alpha {alpha:.1f}: validation loss {found:.4f}")
+        return found
+
+    result = choose_alpha(validation_loss, averaging.tolerance)
+    weights.set_share(result.chosen)
+    return decoder, result
 
 
 @torch.no_grad()

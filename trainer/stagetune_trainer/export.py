@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from stagetune_api import names
 from stagetune_api.artifact import ArtifactContent, ArtifactKind, verify_artifact
@@ -16,6 +16,7 @@ from stagetune_api.report import CheckpointRef, Outcome, StageReport
 from stagetune_api.spec import ExportFormat, RetainPolicy
 from stagetune_api.stage import StageConfig, Task
 from stagetune_trainer.assemble import assemble
+from stagetune_trainer.averaging import needs_averaging, scale_adapters
 from stagetune_trainer.checkpoint import Fence, provenance_of, publish_directory, remove_drafts
 from stagetune_trainer.methods.lora import LoraMethod
 from stagetune_trainer.metrics import ProgressLog, peak_memory_bytes
@@ -90,6 +91,10 @@ def _write_adapter(config: StageConfig, draft: Path) -> None:
     # Later stages come later in the chain: where layers overlap, theirs are the trained ones.
     for output in load_chain(config.chain, config.model_digest):
         tensors.update(output.tensors)
+    if needs_averaging(config):
+        base = AutoConfig.from_pretrained(str(config.model_directory), trust_remote_code=False)
+        num_layers = base.get_text_config().num_hidden_layers
+        tensors = scale_adapters(tensors, config, num_layers)
     save_file(
         {f"{_PEFT_PREFIX}{name}": tensor for name, tensor in tensors.items()},
         draft / names.ADAPTER_WEIGHTS_FILE,

@@ -14,6 +14,7 @@ from typing import NoReturn, Protocol
 import torch
 
 from stagetune_api.progress import ProgressKind
+from stagetune_api.report import StopReason
 from stagetune_api.spec import EarlyStoppingSpec, LearningRateSchedule, TrainingSpec
 from stagetune_api.stage import PlannedStage
 from stagetune_trainer.data.batches import Batch
@@ -22,6 +23,7 @@ from stagetune_trainer.loss import AnswerLoss
 from stagetune_trainer.metrics import ProgressLog, peak_memory_bytes
 from stagetune_trainer.model import Numerics
 from stagetune_trainer.training_state import LoopState, RandomState, TrainingState
+from stagetune_trainer.update import Update
 
 
 class StopRequest(Protocol):
@@ -41,6 +43,8 @@ class StageLoop:
     numerics: Numerics
     loss: AnswerLoss
     """Summed cross entropy of a micro-batch."""
+    update: Update
+    """From gradients to new parameters."""
     micro_batches: Callable[[int], Sequence[Batch]]
     """The micro-batches of step n, n from 0, whatever was computed before."""
     validation_batches: Callable[[], Iterable[Batch]]
@@ -54,8 +58,8 @@ class StageLoop:
 def train(loop: StageLoop, state: TrainingState) -> None:
     """Take the stage from where `state` stands to its end; the best parameters are then in place.
 
-    Raises InterruptedRunError after saving, when asked to stop, and DivergedError before a step
-    with a loss or gradient that is not finite is applied.
+    Raises InterruptedRunError after saving, when asked to stop, and DivergedError before anything
+    of a step with a loss or gradient that is not finite is saved.
     """
     stage, progress = loop.stage, state.loop
     saved_at = time.monotonic()
@@ -73,6 +77,8 @@ def train(loop: StageLoop, state: TrainingState) -> None:
         random_state = RandomState.capture()
         batches = loop.micro_batches(progress.step)
         num_answers = sum(batch.num_answer_tokens for batch in batches)
+        learning_rate = learning_rate_at(progress.step, stage, loop.training)
+        loop.update.begin(learning_rate)
         loss_sum = 0.0
         for batch in batches:
             if loop.stop.requested:
@@ -80,20 +86,14 @@ def train(loop: StageLoop, state: TrainingState) -> None:
                 _save_and_leave(loop, state, random_state)
             loss_sum += _accumulate(loop, batch, num_answers)
         loss = loss_sum / num_answers
-        grad_norm = torch.nn.utils.clip_grad_norm_(
-            list(state.parameters.values()), loop.training.max_grad_norm
-        ).item()
+        grad_norm = loop.update.gradient_norm()
         if not math.isfinite(loss) or not math.isfinite(grad_norm):
             raise DivergedError(
                 f"step {progress.step + 1}: loss {loss}, gradient norm {grad_norm}; lower "
-                "spec.training.learningRate or raise warmupRatio in a run of another name. The "
-                "step was not applied."
+                "spec.training.learningRate or raise warmupRatio in a run of another name. "
+                f"{loop.update.when_not_finite}"
             )
-        learning_rate = learning_rate_at(progress.step, stage, loop.training)
-        for group in state.optimizer.param_groups:
-            group["lr"] = learning_rate
-        state.optimizer.step()
-        state.optimizer.zero_grad(set_to_none=True)
+        loop.update.apply()
 
         seconds = time.monotonic() - started
         tokens = sum(batch.num_tokens for batch in batches)
@@ -140,7 +140,7 @@ def _accumulate(loop: StageLoop, batch: Batch, num_answers: int) -> float:
     """
     with loop.numerics.autocast():
         loss_sum, _ = loop.loss(*batch.on(loop.numerics.device))
-    (loss_sum / num_answers).backward()  # type: ignore[no-untyped-call]
+    loop.update.backward(loss_sum / num_answers)
     return float(loss_sum.detach())
 
 
@@ -187,8 +187,11 @@ def _judge(
     progress = state.loop
     if not math.isfinite(validation_loss):
         raise DivergedError(f"step {progress.step}: validation loss {validation_loss}")
+    if _gains_too_slowly(progress, validation_loss, early_stopping):
+        progress.stopped_by = StopReason.GAIN
     progress.validation_loss = validation_loss
     progress.validated_step = progress.step
+    progress.validated_train_seconds = progress.train_seconds
     if progress.step == 0:
         progress.initial_validation_loss = validation_loss
     if progress.best_validation_loss is None or validation_loss < progress.best_validation_loss:
@@ -205,7 +208,23 @@ def _judge(
     else:
         progress.validations_without_gain += 1
     if early_stopping and progress.validations_without_gain >= early_stopping.patience:
-        progress.stopped_early = True
+        progress.stopped_by = StopReason.PATIENCE
+    progress.stopped_early = progress.stopped_by is not None
+
+
+def _gains_too_slowly(
+    progress: LoopState, validation_loss: float, early_stopping: EarlyStoppingSpec | None
+) -> bool:
+    """Whether the fall since the validation before is below minGainPerMinute.
+
+    Minutes are those of training steps; before the first step there is nothing to compare.
+    """
+    bound = early_stopping.min_gain_per_minute if early_stopping else None
+    before = progress.validation_loss
+    if bound is None or before is None:
+        return False
+    minutes = (progress.train_seconds - progress.validated_train_seconds) / 60
+    return before - validation_loss < bound * minutes
 
 
 def _log_validation(loop: StageLoop, progress: LoopState) -> None:

@@ -25,7 +25,7 @@ class Numerics:
     device: torch.device
     """Device of all weights."""
     dtype: torch.dtype
-    """Format of frozen weights and of matrix products; what trains is kept in fp32."""
+    """Format of frozen weights and of matrix products."""
 
     def autocast(self) -> torch.autocast:
         """Return the context in which fp32 weights compute in `dtype`."""

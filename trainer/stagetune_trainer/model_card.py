@@ -7,6 +7,7 @@ from stagetune_api import names
 from stagetune_api.report import EvaluationResult, StageReport
 from stagetune_api.spec import ExportFormat
 from stagetune_api.stage import PlannedStage, StageConfig
+from stagetune_trainer.averaging import alpha_of
 
 
 def write_model_card(config: StageConfig, directory: Path) -> None:
@@ -55,9 +56,24 @@ def _settings(config: StageConfig) -> str:
         ("Optimizer", training.optimizer.value),
         ("Learning-rate schedule", training.learning_rate_schedule.value),
         ("Seed", training.seed),
+        *_kept_change(config),
     ]
     lines = [f"| {name} | {value} |" for name, value in rows]
     return "\n".join(["| setting | value |", "| --- | --- |", *lines, ""])
+
+
+def _kept_change(config: StageConfig) -> list[tuple[str, str]]:
+    """Return what of the tuning the weights hold, where that is not all of it."""
+    rows = []
+    averaging, scaling = config.protection.averaging, config.protection.depth_scaling
+    if averaging is not None:
+        how = "as set" if averaging.alpha is not None else "chosen on the validation rows"
+        text = f"{alpha_of(config):g} of the tuned weights, the rest the base's ({how})"
+        rows.append(("Weight averaging", text))
+    if scaling is not None:
+        text = f"{scaling.bottom:g} of the bottommost layer's change, rising to 1 at the top"
+        rows.append(("Depth scaling", text))
+    return rows
 
 
 def _stage_table(stages: list[PlannedStage], reports: list[StageReport | None]) -> str:

@@ -3,7 +3,6 @@
 from pathlib import Path
 
 import torch
-from torch import nn
 
 from stagetune_api.report import CheckpointRef, Outcome, StageReport, TrainResult
 from stagetune_api.spec import GradientCheckpointing
@@ -17,9 +16,11 @@ from stagetune_trainer.methods import Method, make_method
 from stagetune_trainer.methods.lora import keep_earlier_adapters_still
 from stagetune_trainer.metrics import ProgressLog, peak_memory_bytes
 from stagetune_trainer.model import Numerics, apply_chain, choose_numerics, load_base, load_chain
+from stagetune_trainer.optimizers import choose_master_dtype, make_optimizer
 from stagetune_trainer.stage_folder import StageFolder
 from stagetune_trainer.start_clock import StartClock
 from stagetune_trainer.training_state import TrainingState
+from stagetune_trainer.update import make_update
 
 
 def train_stage(
@@ -35,7 +36,7 @@ def train_stage(
         raise ValueError("a Train task needs a stage")
     folder = StageFolder(config=config, stage=stage, fence=fence, log=log, started=clock.started)
     numerics = choose_numerics(config.training.precision)
-    method = make_method(config.method)
+    method = make_method(config.method, choose_master_dtype(config.training, numerics))
     log.message(f"loading {config.model_directory} and {len(config.chain)} finished stage(s)")
     decoder = _load(config, method, numerics)
     loss = AnswerLoss(decoder)
@@ -46,6 +47,7 @@ def train_stage(
         training=config.training,
         numerics=numerics,
         loss=loss,
+        update=make_update(config.training, state.parameters, state.optimizer),
         micro_batches=open_training_rows(config, stage).micro_batches,
         validation_batches=open_validation_rows(config).batches,
         save=folder.save,
@@ -97,22 +99,9 @@ def _open_stage(
     keep_earlier_adapters_still(decoder)
     return TrainingState(
         parameters=parameters,
-        optimizer=make_optimizer(parameters, config.training.weight_decay),
+        optimizer=make_optimizer(parameters, config.training),
         keeps_best=config.training.early_stopping is not None,
     )
-
-
-def make_optimizer(
-    parameters: dict[str, nn.Parameter], weight_decay: float
-) -> torch.optim.Optimizer:
-    """Return AdamW over `parameters`; its rate is set before every step."""
-    matrices = [parameter for parameter in parameters.values() if parameter.ndim > 1]
-    vectors = [parameter for parameter in parameters.values() if parameter.ndim <= 1]
-    groups = [
-        {"params": matrices, "weight_decay": weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW([group for group in groups if group["params"]], lr=0.0, fused=True)
 
 
 def _result(state: TrainingState, stage: PlannedStage) -> TrainResult:
@@ -124,6 +113,7 @@ def _result(state: TrainingState, stage: PlannedStage) -> TrainResult:
         steps=progress.step,
         planned_steps=stage.steps,
         stopped_early=progress.stopped_early,
+        stopped_by=progress.stopped_by,
         best_step=progress.best_step if state.keeps_best else progress.step,
         loss=progress.loss,
         initial_validation_loss=progress.initial_validation_loss,

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from stagetune_api import names
+from stagetune_api.report import StopReason
 
 
 @dataclass(kw_only=True)
@@ -37,6 +38,8 @@ class LoopState:
     """Validation loss that was computed last."""
     validated_step: int = -1
     """Step at which it was computed; -1 before the first."""
+    validated_train_seconds: float = 0.0
+    """`train_seconds` at that step."""
     best_step: int = 0
     """Step at which the validation loss was lowest."""
     best_validation_loss: float | None = None
@@ -46,7 +49,9 @@ class LoopState:
     validations_without_gain: int = 0
     """Validations in a row that were no gain."""
     stopped_early: bool = False
-    """Whether patience ran out."""
+    """Whether `stopped_by` is set."""
+    stopped_by: StopReason | None = None
+    """What of earlyStopping ended the stage."""
 
 
 @dataclass(kw_only=True)
@@ -54,7 +59,7 @@ class TrainingState:
     """All that changes while a stage trains."""
 
     parameters: dict[str, nn.Parameter]
-    """The stage's trainable parameters, fp32, by the method's stable names."""
+    """The stage's trainable parameters, fp32 or bf16, by the method's stable names."""
     optimizer: Optimizer
     """Built after freezing, over exactly `parameters`."""
     loop: LoopState = field(default_factory=LoopState)
@@ -95,7 +100,10 @@ class TrainingState:
         for name, parameter in self.parameters.items():
             parameter.copy_(weights[name])
         text = (directory / names.LOOP_STATE_FILE).read_text(encoding="utf-8")
-        self.loop = LoopState(**json.loads(text))
+        fields = json.loads(text)
+        if fields.get("stopped_by") is not None:
+            fields["stopped_by"] = StopReason(fields["stopped_by"])
+        self.loop = LoopState(**fields)
         best = directory / names.BEST_WEIGHTS_FILE
         if best.exists():
             self.best = load_file(best)
@@ -125,7 +133,7 @@ class TrainingState:
 
 
 class RandomState:
-    """torch's random state: dropout is the only randomness inside a step."""
+    """torch's random state: that of dropout and stochastic rounding, all there is in a step."""
 
     def __init__(self, tensors: dict[str, Tensor]) -> None:
         self.tensors = tensors

@@ -13,13 +13,15 @@ from stagetune_trainer.decoder import Decoder
 class FullMethod:
     """Opens whole layers, and the embeddings or the final norm and head where the stage says so."""
 
-    def __init__(self) -> None:
+    def __init__(self, master_dtype: torch.dtype = torch.float32) -> None:
+        self._master_dtype = master_dtype
         self._handed_on_dtype = torch.float32
 
     def open(self, decoder: Decoder, stage: PlannedStage) -> dict[str, nn.Parameter]:
-        """Make the stage's parameters trainable, in fp32, and return them by their model name.
+        """Make the stage's parameters trainable, and return them by their model name.
 
-        Masters are fp32 whatever the model computes in: in bf16 a small update rounds away.
+        Masters are fp32 whatever the model computes in, unless the optimizer rounds stochastically:
+        in bf16 a small update rounds away.
         """
         self._handed_on_dtype = decoder.model.dtype
         modules = [module for _, module in decoder.group(stage.layers)]
@@ -31,7 +33,7 @@ class FullMethod:
         opened = {}
         for name, parameter in decoder.model.named_parameters():
             if id(parameter) in wanted:
-                parameter.data = parameter.data.float()
+                parameter.data = parameter.data.to(self._master_dtype)
                 parameter.requires_grad_(True)
                 opened[name] = parameter
         return opened

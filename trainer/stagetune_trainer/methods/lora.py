@@ -111,11 +111,38 @@ def merge_adapters(decoder: Decoder) -> None:
     for name, module in list(decoder.model.named_modules()):
         if isinstance(module, LoraLayer):
             linear = module.get_base_layer()
-            delta = module.get_delta_weight(_ADAPTER)
-            # Added in fp32 and rounded once: in bf16 a small delta would round away.
-            linear.weight.data = (linear.weight.float() + delta.float()).to(linear.weight.dtype)
-            parent, _, child = name.rpartition(".")
-            setattr(decoder.model.get_submodule(parent), child, linear)
+            linear.weight.data = merged_weight(module).to(linear.weight.dtype)
+            _take_adapter_away(decoder, name, module)
+
+
+def merged_weight(module: LoraLayer) -> Tensor:
+    """Return the weight of `module` with its adapter added, in fp32.
+
+    Whoever stores it rounds once: in bf16 a small change would round away.
+    """
+    weight: Tensor = module.get_base_layer().weight
+    delta: Tensor = module.get_delta_weight(_ADAPTER)
+    return weight.float() + delta.float()
+
+
+def detach_adapters(decoder: Decoder) -> dict[str, LoraLayer]:
+    """Take every adapter away unmerged, leaving the base, and return them by their module's name.
+
+    Each still holds the linear module that it stood beside, so `merged_weight` goes on to work.
+    """
+    adapters = {
+        name: module
+        for name, module in decoder.model.named_modules()
+        if isinstance(module, LoraLayer)
+    }
+    for name, module in adapters.items():
+        _take_adapter_away(decoder, name, module)
+    return adapters
+
+
+def _take_adapter_away(decoder: Decoder, name: str, module: LoraLayer) -> None:
+    parent, _, child = name.rpartition(".")
+    setattr(decoder.model.get_submodule(parent), child, module.get_base_layer())
 
 
 def _adapted_modules(decoder: Decoder, layers: LayerRange) -> Iterator[tuple[str, LoraLayer]]:

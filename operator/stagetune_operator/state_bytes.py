@@ -1,0 +1,49 @@
+"""The bytes of what trains: masters, gradients and moments, by optimizer and number format.
+
+A part of `estimate`; docs/plan.md explains the numbers in words.
+"""
+
+from dataclasses import dataclass
+
+from stagetune_api.spec import MethodSpec, MethodType, OptimizerType, TrainingSpec
+
+_BLOCK_SIZE = 256
+"""Values of an 8-bit moment that share an fp32 scale."""
+_UPDATED_AT_ONCE = 2**24
+_TEMPORARY_BYTES = 32
+"""Eight fp32 copies of what AdamW8bit updates at once."""
+
+
+@dataclass(frozen=True)
+class StateBytes:
+    """What a stage's training state takes."""
+
+    master: int
+    """Bytes of one parameter that trains."""
+    memory: int
+    """Bytes of masters, gradients, moments and what an update needs for itself, on the device."""
+    checkpoint: int
+    """Bytes of one checkpoint: masters, moments and the best masters so far."""
+
+
+def state_bytes(
+    method: MethodSpec, training: TrainingSpec, *, element: int, trainable: int, largest: int
+) -> StateBytes:
+    """Return what `trainable` parameters take, the largest tensor of which has `largest`.
+
+    `element` is the bytes of a computed number. A gradient has its master's format; in the backward
+    pass one stands at a time.
+    """
+    is_8_bit = training.optimizer is OptimizerType.ADAMW_8BIT
+    master = element if is_8_bit and method.type is MethodType.FULL else 4
+    moments = 8 * trainable
+    temporary = 0
+    if is_8_bit:
+        moments = 2 * trainable + 2 * 4 * trainable // _BLOCK_SIZE
+        temporary = _TEMPORARY_BYTES * min(largest, _UPDATED_AT_ONCE)
+    gradients = master * (largest if training.optimizer_in_backward else trainable)
+    return StateBytes(
+        master=master,
+        memory=master * trainable + gradients + moments + temporary,
+        checkpoint=2 * master * trainable + moments,
+    )
