@@ -38,7 +38,7 @@ from stagetune_trainer.data.batches import (
 )
 from stagetune_trainer.data.prepare import prepare
 from stagetune_trainer.decoder import Decoder
-from stagetune_trainer.evaluate import answer, is_exact_match
+from stagetune_trainer.evaluate import answer, finished_model, is_exact_match
 from stagetune_trainer.loss import AnswerLoss
 from stagetune_trainer.metrics import ProgressLog
 from stagetune_trainer.start_clock import StartClock
@@ -191,11 +191,10 @@ def _config(
 
 def _derive(spec: StagedFineTuneSpec, config: StageConfig) -> tuple[Decoder, dict[str, Any]]:
     """Return the model of the trained stages put together as `spec` says, and what was chosen."""
-    from stagetune_trainer.evaluate import choose_averaging
-
     config = config.model_copy(update={"protection": spec.protection})
-    chosen = choose_averaging(config, CPU)
-    return assemble(chosen.config, CPU), {"alpha": chosen.alpha}
+    log = ProgressLog(task=Task.EVALUATE, name="derive", attempt=1, sinks=())
+    decoder, averaging = finished_model(config, CPU, log)
+    return decoder, {"alpha": averaging.chosen} if averaging else {}
 
 
 def _base(config: StageConfig, work: Path) -> dict[str, Tensor]:

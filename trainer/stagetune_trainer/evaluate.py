@@ -74,7 +74,7 @@ def evaluate(config: StageConfig, log: ProgressLog) -> StageReport:
     tokenizer = AutoTokenizer.from_pretrained(config.model_directory, trust_remote_code=False)
     before = _measure(base, config, tokenizer, questions, log)
     del base
-    finished, averaging = _finished_model(config, device, log)
+    finished, averaging = finished_model(config, device, log)
     log.message("measuring the finished model")
     after = _measure(finished, config, tokenizer, questions, log)
     divergence = kl_divergence(before.states, after.states, device)
@@ -106,7 +106,7 @@ def evaluate(config: StageConfig, log: ProgressLog) -> StageReport:
 
 
 @torch.no_grad()
-def _finished_model(
+def finished_model(
     config: StageConfig, device: torch.device, log: ProgressLog
 ) -> tuple[Decoder, AveragingResult | None]:
     """Return the model that will be exported, and how its average was chosen where it was."""
