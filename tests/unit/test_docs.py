@@ -30,7 +30,10 @@ from stagetune_operator.store import Store
 
 ROOT = Path(__file__).resolve().parents[2]
 DOCS = ROOT / "docs"
-PAGES = [ROOT / "README.md", *sorted(DOCS.glob("*.md")), *sorted(DOCS.glob("decisions/*.md"))]
+PAGES = [
+    ROOT / "README.md",
+    *(page for at in ("", "decisions/", "methods/") for page in sorted(DOCS.glob(f"{at}*.md"))),
+]
 PACKAGES = ("crds/stagetune_api", "operator/stagetune_operator", "trainer/stagetune_trainer")
 
 
