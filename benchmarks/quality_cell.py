@@ -8,7 +8,6 @@ import json
 from pathlib import Path
 
 from quality_arms import cells
-
 from stagetune_trainer.large_packages import hide_large_packages
 
 

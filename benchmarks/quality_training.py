@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from quality_arms import BASE_FILE, Cell
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional
 from transformers import AutoTokenizer
 
+from quality_arms import BASE_FILE, Cell
 from stagetune_api.facts import Facts
 from stagetune_api.names import RunLayout
 from stagetune_api.spec import ProtectionSpec, StagedFineTune, StagedFineTuneSpec

@@ -33,7 +33,7 @@ from stagetune_api.progress import Progress
 from stagetune_api.report import Failure, FailureClass, StageReport
 from stagetune_api.spec import ProtectionSpec, StagedFineTuneSpec
 from stagetune_api.spec_checks import Runner, check_runner
-from stagetune_api.stage import ParentRef, PlannedStage, StageConfig, Task
+from stagetune_api.stage import ParentRef, PlannedStage, StageConfig, Task, training_of_stage
 from stagetune_api.status import (
     ConditionReason,
     ConditionType,
@@ -41,6 +41,7 @@ from stagetune_api.status import (
     StageState,
 )
 from stagetune_operator.estimate import Machine
+from stagetune_operator.gradient_groups import describe_gradients
 from stagetune_operator.plan import Plan, make_plan
 
 _LOCK_WAIT_SECONDS = 60.0
@@ -174,6 +175,8 @@ class _Run:
         else:
             result = make_plan(self._spec, facts, machine)
             plan, problems = (None, result) if isinstance(result, list) else (result, [])
+            if plan is not None and plan.gradients is not None:
+                self._listeners.on_message(describe_gradients(plan.gradients))
         if plan is None or problems:
             self._board.refused(problems)
             raise InvalidManifestError(problems)
@@ -307,7 +310,7 @@ class _Run:
             model=self._spec.model,
             dataset=self._spec.dataset,
             method=self._spec.method,
-            training=self._spec.training,
+            training=training_of_stage(self._spec.training, stage),
             protection=self._spec.protection or ProtectionSpec(),
             gradient_norm=self._spec.gradient_profile if task is Task.PREPARE else None,
             evaluation=self._spec.evaluation,

@@ -9,6 +9,7 @@ from stagetune_api.facts import DataFacts, Facts, ModelFacts
 from stagetune_api.names import RunLayout
 from stagetune_api.problems import InvalidManifestError, Problem, ProblemReason
 from stagetune_api.report import Outcome, StageReport
+from stagetune_operator.gradient_groups import flat_profile
 from stagetune_operator.model_facts import model_facts_from_config
 
 _DEFAULT_ANSWER_SHARE = 0.5
@@ -44,14 +45,27 @@ def facts_for_plan(file: ManifestFile, run_directory: Path, given: Assumptions) 
     prepared = _prepared_facts(run_directory)
     if prepared is not None and given == Assumptions():
         note = f"Model and data as prepared in {run_directory}."
-        return PlanFacts(facts=prepared, notes=(note,))
+        return _with_profile(file, PlanFacts(facts=prepared, notes=(note,)))
     model, model_note = _model_facts(file, given)
     data, data_note = _data_facts(file, given)
     problems = [problem for found in (model, data) if isinstance(found, list) for problem in found]
     if isinstance(model, list) or isinstance(data, list):
         raise InvalidManifestError(problems)
     facts = Facts(model=model, data=data, model_directory="")
-    return PlanFacts(facts=facts, notes=(model_note, data_note))
+    return _with_profile(file, PlanFacts(facts=facts, notes=(model_note, data_note)))
+
+
+def _with_profile(file: ManifestFile, found: PlanFacts) -> PlanFacts:
+    """Return `found` with a flat profile of gradients where one is needed and none is measured."""
+    if file.manifest.spec.gradient_profile is None or found.facts.gradients is not None:
+        return found
+    note = (
+        "Assumed: gradient norms that are the same in all layers, so that every group trains, from "
+        "the bottom up. `stagetune run` measures them; order, epochs and groups follow from that."
+    )
+    gradients = flat_profile(found.facts.model.num_layers)
+    facts = found.facts.model_copy(update={"gradients": gradients})
+    return PlanFacts(facts=facts, notes=(*found.notes, note))
 
 
 def _prepared_facts(run_directory: Path) -> Facts | None:

@@ -13,6 +13,7 @@ from stagetune.display import format_bytes, stage_table
 from stagetune.run_report import RunReport
 from stagetune_api.problems import Problem
 from stagetune_api.status import StagedFineTuneStatus, format_duration
+from stagetune_operator.gradient_groups import GradientPlan
 from stagetune_operator.plan import Plan
 
 
@@ -63,7 +64,7 @@ def print_plan(console: Console, plan: Plan) -> None:
         estimate = stage.estimate
         table.add_row(
             stage.name,
-            f"{stage.layers.first}–{stage.layers.last}"
+            ", ".join(f"{layers.first}–{layers.last}" for layers in stage.layer_ranges)
             + (" +embeddings" if stage.embeddings else "")
             + (" +head" if stage.head else ""),
             f"{stage.learning_rate:.3g}",
@@ -76,6 +77,8 @@ def print_plan(console: Console, plan: Plan) -> None:
             f"{estimate.relative_step_flops:.2f}",
         )
     console.print(table)
+    if plan.gradients is not None:
+        console.print(_gradient_table(plan.gradients))
     summary = plan.summary
     full = summary.full_fine_tuning
     console.print(
@@ -89,6 +92,23 @@ def print_plan(console: Console, plan: Plan) -> None:
         highlight=False,
         soft_wrap=True,
     )
+
+
+def _gradient_table(plan: GradientPlan) -> Table:
+    rows = plan.profile.rows
+    source = f"measured on {rows} rows" if rows else "assumed to be the same in all layers"
+    table = Table(title=f"Gradient norms, {source}", title_justify="left")
+    table.add_column("layers")
+    for name in ("share", "decision", "epochs"):
+        table.add_column(name, justify="right")
+    for group in plan.groups:
+        table.add_row(
+            f"{group.layers.first}–{group.layers.last}",
+            f"{group.share:.2f}",
+            group.decision.value,
+            f"{group.epochs:.3g}",
+        )
+    return table
 
 
 def print_status(console: Console, status: StagedFineTuneStatus) -> None:

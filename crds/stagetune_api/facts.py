@@ -82,6 +82,18 @@ class DataFacts(ApiModel):
     """digest of the tokenised rows; absent where the sizes are assumed."""
 
 
+class GradientFacts(ApiModel):
+    """The profile of gradient norms that order GradientNorm is decided by."""
+
+    relative_norms: Annotated[list[Annotated[float, Field(ge=0)]], Field(max_length=1024)]
+    """relativeNorms of the decoder layers, bottom to top: the norm of a layer's gradient over the
+    norm of its weights, the mean over all micro-batches, to four digits."""
+    rows: Count
+    """rows of the training set that were measured; 0 where the profile is assumed."""
+    tokens: Count
+    """tokens of those rows."""
+
+
 class Facts(ApiModel):
     """All that prepare hands to the plan."""
 
@@ -91,3 +103,5 @@ class Facts(ApiModel):
     """data that the run trains on."""
     model_directory: str
     """modelDirectory of the prepared base model."""
+    gradients: GradientFacts | None = None
+    """gradients of the base model on the data; only where the schedule asks for them."""

@@ -15,6 +15,8 @@ CATEGORY = "finetuning"
 RUN_NAME_MAX_LENGTH = 40
 """Longest run name: Job names are `<run>-<NN>-<stage>` and must stay within 63 characters."""
 STAGE_NAME_MAX_LENGTH = 16
+MAX_STAGES = 128
+"""Stages of a run at most."""
 DNS_LABEL_PATTERN = r"^[a-z0-9]([-a-z0-9]*[a-z0-9])?$"
 
 LABEL_RUN = f"{GROUP}/run"

@@ -10,25 +10,11 @@ server checks a field's default by the rules that stand on it *before* it fills 
 inside; a rule that reads those defaults therefore stands on `spec`, which has none of its own.
 """
 
-from typing import NamedTuple
-
 from stagetune_api import names
+from stagetune_api.rule import Rule
+from stagetune_api.schedule_rules import SCHEDULE_RULES
 from stagetune_api.spec import MethodType, StagedFineTuneSpec
 from stagetune_api.status import ConditionStatus, ConditionType, StageState
-
-
-class Rule(NamedTuple):
-    """One entry of `x-kubernetes-validations`."""
-
-    path: str
-    """Where the rule stands and what its `self` is: `spec.stages[].layers`; "" is the object."""
-    rule: str
-    """The CEL expression that must hold."""
-    message: str
-    """What is wrong and the cure."""
-    field_path: str = ""
-    """The field to point at, from `path`; empty: `path` itself."""
-
 
 _USES_LORA = f"self.method.type in ['{MethodType.LORA}', '{MethodType.QLORA}']"
 _DECODER_LAYERS_ONLY = (
@@ -48,15 +34,7 @@ SPEC_RULES = (
         "give exactly one of layersPerStage and stageCount",
         ".layersPerStage",
     ),
-    Rule(
-        "spec.schedule",
-        # A thousand-millionth of slack, so that three times 0.3333333334 is not too much.
-        "self.dataPartition != 'Disjoint' || !has(self.dataFraction) || !has(self.stageCount) || "
-        "self.dataFraction * double(self.stageCount) <= 1.000000001",
-        "disjoint stages cannot see more rows than there are: dataFraction times stageCount is "
-        "above 1; lower one of them or use dataPartition: Shared",
-        ".dataFraction",
-    ),
+    *SCHEDULE_RULES,
     Rule(
         "spec.model",
         "!has(self.revision) || self.source.startsWith('hf://') || "

@@ -17,7 +17,8 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from stagetune_api import names
-from stagetune_api.rules import RULES, Rule
+from stagetune_api.rule import Rule
+from stagetune_api.rules import RULES
 from stagetune_api.spec import StagedFineTune, StagedFineTuneSpec
 from stagetune_api.status import StagedFineTuneStatus
 from stagetune_api.structural import Node, SchemaError, structural_schema

@@ -299,7 +299,8 @@ class GradientNormSpec(ApiModel):
     """
 
     batches: Annotated[int, Field(ge=1, le=1024)] = 8
-    """batches of `batchSize` training rows that are measured."""
+    """batches of `batchSize` training rows that are measured, each micro-batch's gradient by
+    itself."""
     skip_below: Annotated[float, Field(ge=0, le=1)] = 0.25
     """skipBelow this share a group is not trained. The group with the largest share always is."""
     merge_below: Annotated[float, Field(ge=0, le=10)] = 0.75
@@ -336,14 +337,16 @@ class ScheduleSpec(ApiModel):
     """dataPartition says whether all stages see the same rows or each stage rows of its own."""
     open_top: Annotated[int, Field(ge=0, le=1024)] = 0
     """openTop is the number of layers at the top of the decoder that every stage opens beside its
-    own (SegProp)."""
+    own (SegProp). The groups are cut from the layers below them."""
     cumulative: bool = False
-    """cumulative keeps layers open once a stage has opened them: gradual unfreezing (ULMFiT, arXiv
-    1801.06146)."""
+    """cumulative keeps layers open once a stage has opened them, and head and embeddings too:
+    gradual unfreezing (ULMFiT, arXiv 1801.06146)."""
     overlap: Annotated[int, Field(ge=0, le=1023)] = 0
-    """overlap is the number of layers that a group shares with the group below it."""
+    """overlap is the number of layers of the group below that a stage opens too; smaller than that
+    group."""
     passes: Annotated[int, Field(ge=1, le=128)] = 1
-    """passes is the number of times that the whole sequence of stages is run."""
+    """passes is the number of times that the whole sequence of stages is run. Disjoint stages have
+    rows of their own in every pass."""
     gradient_norm: GradientNormSpec | None = None
     """gradientNorm holds the options of order GradientNorm; only with that order."""
 

@@ -1,7 +1,7 @@
 """StageConfig: everything that one trainer process is given, in one JSON file."""
 
 from enum import StrEnum
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Protocol, Self
 
 from pydantic import Field, model_validator
 
@@ -74,7 +74,8 @@ class PlannedStage(ApiModel):
     layers: LayerRange
     """layers that the stage opens."""
     top_layers: LayerRange | None = None
-    """topLayers that it opens too, above `layers`; absent where there are none."""
+    """topLayers that it opens too; between `layers` and them at least one layer stays frozen.
+    Absent where there are none, or where they would touch: `layers` then reaches to the top."""
     embeddings: bool
     """embeddings says whether the input embeddings train too."""
     head: bool
@@ -101,9 +102,39 @@ class PlannedStage(ApiModel):
     """estimate of what the stage needs."""
 
     @property
+    def layer_ranges(self) -> tuple[LayerRange, ...]:
+        """All layers that the stage opens, in one or two ranges, bottom to top."""
+        return (self.layers,) if self.top_layers is None else (self.layers, self.top_layers)
+
+    @property
+    def num_layers(self) -> int:
+        """Number of layers that the stage opens."""
+        return sum(layers.count for layers in self.layer_ranges)
+
+    @property
     def directory(self) -> str:
         """Name of the stage's folder, which sorts in running order: `01-layers-0-7`."""
         return f"{self.index + 1:02d}-{self.name}"
+
+
+class BatchSizes(Protocol):
+    """What may have batch sizes of its own: a stage, planned or about to be."""
+
+    @property
+    def batch_size(self) -> int | None:
+        """Rows of a step; None where those of `training` count."""
+
+    @property
+    def micro_batch_size(self) -> int | None:
+        """Rows computed at once; None where those of `training` count."""
+
+
+def training_of_stage(training: TrainingSpec, stage: BatchSizes | None) -> TrainingSpec:
+    """Return `training` with the batch sizes of `stage` where it has some of its own."""
+    if stage is None:
+        return training
+    sizes = {"batch_size": stage.batch_size, "micro_batch_size": stage.micro_batch_size}
+    return training.model_copy(update={name: size for name, size in sizes.items() if size})
 
 
 class ParentRef(ApiModel):
@@ -147,7 +178,7 @@ class StageConfig(ApiModel):
     method: MethodSpec
     """method says what trains."""
     training: TrainingSpec
-    """training says how."""
+    """training says how; a stage's own batch sizes stand here already."""
     protection: ProtectionSpec = ProtectionSpec()
     """protection says what keeps the model from forgetting."""
     gradient_norm: GradientNormSpec | None = None
@@ -195,4 +226,9 @@ class StageConfig(ApiModel):
             missing.append("averagingAlpha")
         if missing:
             raise ValueError(f"a {self.task} task needs {', '.join(missing)}")
+        own = self.stage.batch_size if self.stage is not None else None
+        if own is not None and own != self.training.batch_size:
+            raise ValueError(
+                f"training.batchSize is {self.training.batch_size}, and {own} in the stage"
+            )
         return self

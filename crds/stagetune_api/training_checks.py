@@ -8,16 +8,14 @@ from collections.abc import Callable, Iterator, Sequence
 from pydantic.alias_generators import to_camel
 
 from stagetune_api.problems import Problem, ProblemReason, conflict, not_yet
+from stagetune_api.schedule_checks import check_schedule_options, check_stage_options
 from stagetune_api.spec import (
-    DataPartition,
     EngineType,
     ExplicitStageSpec,
     ExportFormat,
     LoraSpec,
     MethodType,
-    Order,
     PrefixCache,
-    ScheduleSpec,
     StagedFineTuneSpec,
 )
 
@@ -34,18 +32,6 @@ def _check_schedule(spec: StagedFineTuneSpec) -> Iterator[Problem]:
         yield conflict(
             "spec.schedule.layersPerStage",
             f"exactly one of layersPerStage and stageCount is needed; {given}",
-        )
-    if (
-        schedule.data_partition is DataPartition.DISJOINT
-        and schedule.data_fraction is not None
-        and schedule.stage_count is not None
-        and schedule.data_fraction * schedule.stage_count > 1 + 1e-9
-    ):
-        yield conflict(
-            "spec.schedule.dataFraction",
-            f"{schedule.data_fraction} of the rows for each of {schedule.stage_count} disjoint "
-            f"stages is more than there is; use at most {1 / schedule.stage_count:.4f} or "
-            "dataPartition: Shared",
         )
 
 
@@ -176,7 +162,6 @@ def _check_weights_at_export(spec: StagedFineTuneSpec) -> Iterator[Problem]:
 def check_not_yet_supported(spec: StagedFineTuneSpec) -> Iterator[Problem]:
     """Refuse what the API already names and no program does yet: nothing is silently ignored."""
     yield from _methods_not_yet(spec)
-    yield from _schedules_not_yet(spec)
     yield from _protection_not_yet(spec)
     if spec.training.prefix_cache is not PrefixCache.NEVER:
         yield not_yet("spec.training.prefixCache", "prefix caches", "use Never or leave it out")
@@ -198,23 +183,6 @@ def _methods_not_yet(spec: StagedFineTuneSpec) -> Iterator[Problem]:
             yield not_yet(f"spec.method.lora.{field}", f"{field} adapters", "leave it out")
 
 
-def _schedules_not_yet(spec: StagedFineTuneSpec) -> Iterator[Problem]:
-    schedule = spec.schedule
-    if schedule is not None and schedule.order is Order.GRADIENT_NORM:
-        yield not_yet("spec.schedule.order", "schedules by GradientNorm", "use BottomUp or TopDown")
-    new = ("open_top", "cumulative", "overlap", "passes", "gradient_norm")
-    for field in new if schedule is not None else ():
-        if getattr(schedule, field) != ScheduleSpec.model_fields[field].default:
-            alias = to_camel(field)
-            yield not_yet(f"spec.schedule.{alias}", f"schedules with {alias}", "leave it out")
-    for index, stage in enumerate(spec.stages or []):
-        for field in ("data_offset", "open_top", "batch_size", "micro_batch_size", "rank"):
-            if getattr(stage, field) != ExplicitStageSpec.model_fields[field].default:
-                alias = to_camel(field)
-                path = f"spec.stages[{index}].{alias}"
-                yield not_yet(path, f"stages with {alias}", "leave it out")
-
-
 def _protection_not_yet(spec: StagedFineTuneSpec) -> Iterator[Problem]:
     for name in ("distillation", "anchor", "replay"):
         if spec.protection is not None and getattr(spec.protection, name) is not None:
@@ -224,7 +192,9 @@ def _protection_not_yet(spec: StagedFineTuneSpec) -> Iterator[Problem]:
 
 TRAINING_RULES: Sequence[Callable[[StagedFineTuneSpec], Iterator[Problem]]] = (
     _check_schedule,
+    check_schedule_options,
     _check_explicit_stages,
+    check_stage_options,
     _check_method,
     _check_training,
     _check_optimizer_in_backward,

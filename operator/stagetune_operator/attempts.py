@@ -6,7 +6,7 @@ task is done.
 
 from stagetune_api.report import Failure, FailureClass, StageReport
 from stagetune_api.spec import RuntimeSpec
-from stagetune_api.stage import Task
+from stagetune_api.stage import Task, training_of_stage
 from stagetune_api.status import ConditionReason, RunState, StageState, StageStatus
 from stagetune_operator.conditions import Standing
 from stagetune_operator.failures import (
@@ -54,7 +54,7 @@ def advance(run: RunPass, step: Step) -> Standing | None:
     if disruptions > record.disruptions:
         run.set(step, disruptions=disruptions)
     if record.attempts < job.attempt:
-        run.set(step, attempts=job.attempt, micro_batch_size=_smaller(run, job))
+        run.set(step, attempts=job.attempt, micro_batch_size=_smaller(run, step, job))
     if record.state is StageState.SUCCEEDED and record.attempts >= job.attempt:
         return None
     match job.phase:
@@ -288,15 +288,15 @@ def _fail(run: RunPass, step: Step, job: JobView, failure: Failure) -> Standing:
     """Decide what follows from a failed attempt."""
     record = run.record_of(step)
     run.set(step, last_failure=failure)
-    micro_batch_size = job.micro_batch_size or run.spec.training.micro_batch_size
+    training = training_of_stage(run.spec.training, step.stage)
     remedy = decide_remedy(
         failure,
         step,
         failures=job.attempt - record.attempts_before,
         max_retries=_max_retries(run),
         delay_seconds=run.circumstances.settings.retry_delay_seconds,
-        training=run.spec.training,
-        micro_batch_size=micro_batch_size,
+        training=training,
+        micro_batch_size=job.micro_batch_size or training.micro_batch_size,
         damaged=_damaged(run, step, job, failure),
     )
     match remedy:
@@ -334,9 +334,10 @@ def _damaged(run: RunPass, step: Step, job: JobView, failure: Failure) -> str | 
     return key if newest is None or newest.name == job.inputs[key] else None
 
 
-def _smaller(run: RunPass, job: JobView) -> int | None:
+def _smaller(run: RunPass, step: Step, job: JobView) -> int | None:
     size = job.micro_batch_size
-    return size if size != run.spec.training.micro_batch_size else None
+    planned = training_of_stage(run.spec.training, step.stage).micro_batch_size
+    return size if size != planned else None
 
 
 def report_of(run: RunPass, job: JobView) -> StageReport | None:

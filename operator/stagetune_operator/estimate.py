@@ -6,7 +6,8 @@ whose quadratic term counts every query-key pair of a row, as PyTorch's FlopCoun
 """
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Annotated
 
 from pydantic import Field
@@ -54,6 +55,17 @@ class StageScope:
     embeddings: bool = False
     head: bool = False
     adapted_layers: frozenset[int] = frozenset()
+    top_layers: LayerRange | None = None
+    """Layers that it opens too, above `layers` and not touching them."""
+    rank: int | None = None
+    """Rank of its adapters; None where that of the method counts."""
+    adapted_ranks: Mapping[int, int] = field(default_factory=dict)
+    """Rank of the earlier adapters of a layer where it is not that of the method."""
+
+    @property
+    def count(self) -> int:
+        """Number of layers that it opens."""
+        return self.layers.count + (self.top_layers.count if self.top_layers else 0)
 
 
 def estimate_stage(
@@ -75,7 +87,7 @@ def estimate_stage(
         largest=_largest_tensor(model, method, scope),
     )
     frozen = model.parameters - (trainable if method.type is MethodType.FULL else 0)
-    idle_adapters = len(scope.adapted_layers) * _adapter_parameters(model, method)
+    idle_adapters = sum(_idle_adapters(model, method, scope).values())
     weights = frozen * element + idle_adapters * 4
     output = element if method.type is MethodType.FULL else 4
     context = DEVICE_CONTEXT_BYTES if machine.is_gpu else 0
@@ -132,19 +144,27 @@ def adapted_shapes(model: ModelFacts, method: MethodSpec) -> list[tuple[int, int
     ]
 
 
-def _adapter_parameters(model: ModelFacts, method: MethodSpec) -> int:
+def _adapter_parameters(model: ModelFacts, method: MethodSpec, rank: int | None) -> int:
     """Return the adapters' parameters in one layer: rank * (inputs + outputs) per module."""
-    rank = (method.lora or LoraSpec()).rank
+    rank = rank or (method.lora or LoraSpec()).rank
     return sum(rank * (inputs + outputs) for inputs, outputs in adapted_shapes(model, method))
+
+
+def _idle_adapters(model: ModelFacts, method: MethodSpec, scope: StageScope) -> dict[int, int]:
+    """Return the parameters of the adapters of earlier stages, by layer."""
+    return {
+        layer: _adapter_parameters(model, method, scope.adapted_ranks.get(layer))
+        for layer in scope.adapted_layers
+    }
 
 
 def trainable_parameters(model: ModelFacts, method: MethodSpec, scope: StageScope) -> int:
     """Return how many parameters the stage trains."""
     if method.type is MethodType.LORA:
-        return scope.layers.count * _adapter_parameters(model, method)
+        return scope.count * _adapter_parameters(model, method, scope.rank)
     head = model.head_parameters + model.final_norm_parameters
     return (
-        scope.layers.count * model.layer.parameters
+        scope.count * model.layer.parameters
         + (model.embedding_parameters if scope.embeddings else 0)
         + (head if scope.head else 0)
     )
@@ -213,20 +233,20 @@ def _activation_bytes(
     model, data = facts.model, facts.data
     row = data.max_row_tokens
     tokens = training.micro_batch_size * row
-    rank = (method.lora or LoraSpec()).rank
+    rank = scope.rank or (method.lora or LoraSpec()).rank
     trained = layer_activation_bytes(model, trained=True, element=element, row_tokens=row)
     trained += element * rank * len(adapted_shapes(model, method))
     last_norm = model.hidden_size * (4 + element)
-    copy = _working_copy_bytes(model, method) if element < master else 0
+    copy = _working_copy_bytes(model, method, scope) if element < master else 0
     loss = _loss_bytes(model, data, tokens, master if scope.head else element)
     loss += master * model.vocab_size * model.hidden_size if scope.head else 0
     if training.gradient_checkpointing is GradientCheckpointing.ALWAYS:
         borders = (model.num_layers - scope.layers.first) * model.hidden_size * element
         return tokens * (borders + last_norm) + max(tokens * trained + copy, loss)
     frozen = layer_activation_bytes(model, trained=False, element=element, row_tokens=row)
-    suffix = model.num_layers - 1 - scope.layers.last
-    kept = scope.layers.count * trained + suffix * frozen + last_norm
-    return tokens * kept + scope.layers.count * copy + loss
+    suffix = model.num_layers - scope.layers.first - scope.count
+    kept = scope.count * trained + suffix * frozen + last_norm
+    return tokens * kept + scope.count * copy + loss
 
 
 def _loss_bytes(model: ModelFacts, data: DataFacts, tokens: int, element: int) -> int:
@@ -241,13 +261,13 @@ def _loss_bytes(model: ModelFacts, data: DataFacts, tokens: int, element: int) -
     return min(answers, model.hidden_size) * model.vocab_size * (4 + 4 + element)
 
 
-def _working_copy_bytes(model: ModelFacts, method: MethodSpec) -> int:
+def _working_copy_bytes(model: ModelFacts, method: MethodSpec, scope: StageScope) -> int:
     """Return the bytes of autocast's bf16 copy of what trains in one layer.
 
     It lives from its use to its gradient: with checkpointing one layer at a time.
     """
     if method.type is MethodType.LORA:
-        return 2 * _adapter_parameters(model, method)
+        return 2 * _adapter_parameters(model, method, scope.rank)
     return 2 * model.layer.parameters
 
 
@@ -266,8 +286,8 @@ def step_flops(facts: Facts, method: MethodSpec, training: TrainingSpec, scope: 
     answers = training.batch_size * data.train_answer_tokens / data.train_rows
     matrices = 2 * sum(inputs * outputs for inputs, outputs in model.layer.linear_shapes.values())
     attention = 4 * model.num_attention_heads * model.head_dim * row_tokens
-    above, group = model.num_layers - scope.layers.first, scope.layers.count
-    weight_gradients = group if method.type is MethodType.FULL else 0
+    above = model.num_layers - scope.layers.first
+    weight_gradients = scope.count if method.type is MethodType.FULL else 0
     layers = model.num_layers * (matrices + attention) + above * (matrices + 2 * attention)
     layers += weight_gradients * matrices
     if training.gradient_checkpointing is GradientCheckpointing.ALWAYS:
@@ -292,9 +312,10 @@ def _adapter_flops(
     model: ModelFacts, method: MethodSpec, training: TrainingSpec, scope: StageScope
 ) -> int:
     """Return the adapters' operations per token: the stage's own and those of earlier stages."""
-    forward = 2 * _adapter_parameters(model, method)
+    forward = 2 * _adapter_parameters(model, method, scope.rank)
     again = 1 if training.gradient_checkpointing is GradientCheckpointing.ALWAYS else 0
-    below = sum(layer < scope.layers.first for layer in scope.adapted_layers)
-    beside = len(scope.adapted_layers) - below
-    passes = scope.layers.count * (3 + again) + beside * (2 + again) + below
-    return forward * passes
+    idle = sum(
+        2 * parameters * (1 if layer < scope.layers.first else 2 + again)
+        for layer, parameters in _idle_adapters(model, method, scope).items()
+    )
+    return forward * scope.count * (3 + again) + idle

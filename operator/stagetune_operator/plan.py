@@ -11,13 +11,14 @@ from typing import Annotated
 
 from pydantic import Field
 
+from stagetune_api import names
 from stagetune_api.artifact import digest_of_json
 from stagetune_api.base import ApiModel
 from stagetune_api.facts import Facts
 from stagetune_api.problems import Problem
 from stagetune_api.spec import MethodType, StagedFineTuneSpec, TrainingSpec
 from stagetune_api.spec_checks import check_spec
-from stagetune_api.stage import PlannedStage, RowRange, StageEstimate
+from stagetune_api.stage import PlannedStage, RowRange, StageEstimate, training_of_stage
 from stagetune_operator.estimate import (
     CLUSTER_GPU,
     Machine,
@@ -25,8 +26,10 @@ from stagetune_operator.estimate import (
     estimate_full_fine_tuning,
     estimate_stage,
 )
-from stagetune_operator.plan_checks import MAX_STAGES, find_memory_problems, find_problems
+from stagetune_operator.gradient_groups import GradientPlan
+from stagetune_operator.plan_checks import find_memory_problems, find_problems
 from stagetune_operator.schedule import Draft, deal_rows, draft_stages, learning_rates
+from stagetune_operator.schedule_checks import find_profile_problems
 
 Count = Annotated[int, Field(ge=0)]
 
@@ -71,8 +74,10 @@ class Plan(ApiModel):
     """modelDigest of the prepared base model; absent in a plan made from assumptions."""
     data_digest: str | None = None
     """dataDigest of the tokenised rows; absent in a plan made from assumptions."""
-    stages: Annotated[list[PlannedStage], Field(min_length=1, max_length=MAX_STAGES)]
+    stages: Annotated[list[PlannedStage], Field(min_length=1, max_length=names.MAX_STAGES)]
     """stages in running order."""
+    gradients: GradientPlan | None = None
+    """gradients and what was decided by them; only with order GradientNorm."""
     summary: PlanSummary
     """summary of the stages."""
 
@@ -88,11 +93,14 @@ def make_plan(
     problems = check_spec(spec)
     if problems:
         return problems
-    drafts = draft_stages(spec, facts.model.num_layers)
-    problems = find_problems(spec, facts, drafts)
+    problems = find_profile_problems(spec, facts)
     if problems:
         return problems
-    stages = _planned_stages(spec, facts, machine, drafts)
+    drafts = draft_stages(spec, facts.model.num_layers, facts.gradients)
+    problems = find_problems(spec, facts, drafts.stages)
+    if problems:
+        return problems
+    stages = _planned_stages(spec, facts, machine, drafts.stages)
     problems = find_memory_problems(spec, machine, stages)
     if problems:
         return problems
@@ -102,6 +110,7 @@ def make_plan(
         model_digest=facts.model.digest,
         data_digest=facts.data.digest,
         stages=stages,
+        gradients=drafts.gradients,
         summary=_summary(facts, spec.training, stages, full),
     )
 
@@ -111,32 +120,44 @@ def _planned_stages(
 ) -> list[PlannedStage]:
     rates = learning_rates(spec.training, drafts)
     rows = deal_rows(spec, drafts, facts.data.train_rows)
-    opened: frozenset[int] = frozenset()
+    ranks: dict[int, int | None] = {}
     stages = []
     for index, draft in enumerate(drafts):
-        layers = frozenset(range(draft.layers.first, draft.layers.last + 1))
         # A stage that opens a layer again goes on with the adapter which that layer has.
-        adapted = opened - layers if spec.method.type is MethodType.LORA else frozenset()
-        scope = StageScope(draft.layers, draft.embeddings, draft.head, adapted)
+        idle = ranks.keys() - draft.opened if spec.method.type is MethodType.LORA else set()
+        scope = StageScope(
+            draft.layers,
+            draft.embeddings,
+            draft.head,
+            adapted_layers=frozenset(idle),
+            top_layers=draft.top_layers,
+            rank=draft.rank,
+            adapted_ranks={layer: rank for layer in idle if (rank := ranks[layer]) is not None},
+        )
+        training = training_of_stage(spec.training, draft)
         start, end = rows[index]
-        steps, warmup_steps, interval = _steps(draft, end - start, spec.training)
+        steps, warmup_steps, interval = _steps(draft, end - start, training)
         stages.append(
             PlannedStage(
                 index=index,
                 name=draft.name,
                 layers=draft.layers,
+                top_layers=draft.top_layers,
                 embeddings=draft.embeddings,
                 head=draft.head,
                 learning_rate=rates[index],
                 epochs=draft.epochs,
                 rows=RowRange(start=start, end=end),
+                batch_size=draft.batch_size,
+                micro_batch_size=draft.micro_batch_size,
+                rank=draft.rank,
                 steps=steps,
                 warmup_steps=warmup_steps,
                 validation_interval=interval,
-                estimate=estimate_stage(facts, spec.method, spec.training, scope, machine),
+                estimate=estimate_stage(facts, spec.method, training, scope, machine),
             )
         )
-        opened |= layers
+        ranks |= dict.fromkeys(draft.opened, draft.rank)
     return stages
 
 

@@ -13,11 +13,11 @@ from stagetune_api.spec import (
     MethodType,
     StagedFineTuneSpec,
 )
-from stagetune_api.stage import PlannedStage
+from stagetune_api.stage import PlannedStage, training_of_stage
 from stagetune_operator.estimate import DEVICE_CONTEXT_BYTES, Machine, is_target
 from stagetune_operator.schedule import Draft, deal_rows
+from stagetune_operator.schedule_checks import find_schedule_problems
 
-MAX_STAGES = 128
 _GIB = 2**30
 
 
@@ -25,6 +25,7 @@ def find_problems(spec: StagedFineTuneSpec, facts: Facts, drafts: Sequence[Draft
     """Return everything about `spec` that does not agree with the facts."""
     return [
         *_layer_problems(spec, facts.model),
+        *find_schedule_problems(spec, facts.model, drafts),
         *_head_problems(facts.model, drafts),
         *_target_problems(spec, facts.model),
         *_data_problems(facts.data),
@@ -48,27 +49,6 @@ def _layer_problems(spec: StagedFineTuneSpec, model: ModelFacts) -> Iterator[Pro
                 f"{stage.layers.last} is no layer: {there}, counted from 0; use at most "
                 f"{layers - 1}",
             )
-    if spec.schedule is None:
-        return
-    counts = {
-        "layersPerStage": spec.schedule.layers_per_stage,
-        "stageCount": spec.schedule.stage_count,
-    }
-    for field, count in counts.items():
-        if count is not None and count > layers:
-            yield _problem(
-                f"spec.schedule.{field}",
-                ProblemReason.INVALID,
-                f"{count} is too many: {there}; use at most {layers}",
-            )
-    size = spec.schedule.layers_per_stage
-    if size is not None and -(-layers // size) > MAX_STAGES:
-        yield _problem(
-            "spec.schedule.layersPerStage",
-            ProblemReason.INVALID,
-            f"{size} makes {-(-layers // size)} stages of {layers} layers and a run has at most "
-            f"{MAX_STAGES}; use at least {-(-layers // MAX_STAGES)}",
-        )
 
 
 def _head_problems(model: ModelFacts, drafts: Sequence[Draft]) -> Iterator[Problem]:
@@ -85,7 +65,7 @@ def _head_problems(model: ModelFacts, drafts: Sequence[Draft]) -> Iterator[Probl
                 "matrix with the embeddings, so training it would change the input of every layer "
                 f"below; use head: {cure}",
             )
-        if draft.layers.last < model.num_layers - 1:
+        if model.num_layers - 1 not in draft.opened:
             yield _problem(
                 f"{draft.path}.head",
                 ProblemReason.CONFLICT,
@@ -204,11 +184,12 @@ def _memory_cure(spec: StagedFineTuneSpec, stage: PlannedStage) -> str:
     cures = []
     if training.gradient_checkpointing is GradientCheckpointing.NEVER:
         cures.append("set gradientCheckpointing: Always")
-    if training.micro_batch_size > 1:
-        cures.append(f"lower microBatchSize from {training.micro_batch_size}")
+    micro_batch_size = training_of_stage(training, stage).micro_batch_size
+    if micro_batch_size > 1:
+        cures.append(f"lower microBatchSize from {micro_batch_size}")
     cures.append(f"lower spec.dataset.maxLength from {spec.dataset.max_length}")
-    if stage.layers.count > 1:
-        cures.append(f"open fewer than {stage.layers.count} layers per stage")
+    if stage.num_layers > 1:
+        cures.append(f"open fewer than {stage.num_layers} layers per stage")
     if spec.method.type is MethodType.FULL:
         cures.append("use method.type: LoRA")
     return ", ".join([*cures, "or take a larger device"])

@@ -8,9 +8,11 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from stagetune_api.facts import GradientFacts
 from stagetune_api.spec import (
     DataPartition,
     EmbeddingsPolicy,
+    ExplicitStageSpec,
     HeadPolicy,
     Interpolation,
     LayerRange,
@@ -20,85 +22,115 @@ from stagetune_api.spec import (
     StagedFineTuneSpec,
     TrainingSpec,
 )
+from stagetune_operator.gradient_groups import GradientPlan, decide_groups, flat_profile
+from stagetune_operator.layer_groups import split_layers, stage_name, widened, with_open_top
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Draft:
     """A stage before the rows are dealt out; `path` is where its part of the spec stands."""
 
     path: str
     name: str
+    group: LayerRange
+    """The layers whose turn it is; what else the stage opens does not move its learning rate."""
     layers: LayerRange
+    top_layers: LayerRange | None = None
     embeddings: bool
     head: bool
     epochs: float
     data_fraction: float
+    data_offset: float = 0.0
     learning_rate: float | None = None
     """The stage's own rate; None where that of `training` counts."""
+    batch_size: int | None = None
+    micro_batch_size: int | None = None
+    rank: int | None = None
+
+    @property
+    def opened(self) -> frozenset[int]:
+        """Every layer that the stage opens."""
+        ranges = [self.layers] if self.top_layers is None else [self.layers, self.top_layers]
+        return frozenset(layer for part in ranges for layer in range(part.first, part.last + 1))
 
 
-def draft_stages(spec: StagedFineTuneSpec, num_layers: int) -> list[Draft]:
-    """Return the stages in running order, from the explicit list or by the schedule's rule."""
-    if spec.schedule is not None:
-        return _scheduled(spec.schedule, num_layers)
-    return [
-        Draft(
-            path=f"spec.stages[{index}]",
-            name=stage.name,
-            layers=stage.layers,
-            embeddings=stage.embeddings,
-            head=stage.head,
-            epochs=stage.epochs,
-            data_fraction=stage.data_fraction,
-            learning_rate=stage.learning_rate,
-        )
-        for index, stage in enumerate(spec.stages or [])
-    ]
+@dataclass(frozen=True)
+class Drafts:
+    """The stages in running order, and what a profile of gradients decided about them."""
+
+    stages: list[Draft]
+    gradients: GradientPlan | None = None
 
 
-def _scheduled(schedule: ScheduleSpec, num_layers: int) -> list[Draft]:
-    groups = split_layers(schedule, num_layers)
-    disjoint = schedule.data_partition is DataPartition.DISJOINT
-    fraction = schedule.data_fraction or (1 / len(groups) if disjoint else 1.0)
-    drafts = [
-        Draft(
-            path="spec.schedule",
-            name=_layers_name(layers),
-            layers=layers,
-            embeddings=schedule.embeddings is EmbeddingsPolicy.FIRST_STAGE and layers.first == 0,
-            head=schedule.head is HeadPolicy.LAST_STAGE and layers.last == num_layers - 1,
-            epochs=schedule.epochs_per_stage,
-            data_fraction=fraction,
-        )
-        for layers in groups
-    ]
-    return drafts[::-1] if schedule.order is Order.TOP_DOWN else drafts
+def draft_stages(
+    spec: StagedFineTuneSpec, num_layers: int, profile: GradientFacts | None = None
+) -> Drafts:
+    """Return the stages in running order, from the explicit list or by the schedule's rule.
 
-
-def split_layers(schedule: ScheduleSpec, num_layers: int) -> list[LayerRange]:
-    """Return the groups of layers from the bottom up; together they are all layers, once each.
-
-    With `layersPerStage` the topmost group may be smaller; with `stageCount` group sizes differ by
-    one at most and the larger ones are at the bottom. More stages than layers count as that many.
+    Order GradientNorm goes by `profile`; without one, all layers count as alike.
     """
-    if schedule.layers_per_stage is not None:
-        size = schedule.layers_per_stage
-        sizes = [min(size, num_layers - first) for first in range(0, num_layers, size)]
+    if spec.schedule is not None:
+        return _scheduled(spec, spec.schedule, num_layers, profile or flat_profile(num_layers))
+    return Drafts(
+        [_explicit(index, stage, num_layers) for index, stage in enumerate(spec.stages or [])]
+    )
+
+
+def _explicit(index: int, stage: ExplicitStageSpec, num_layers: int) -> Draft:
+    layers, top_layers = with_open_top(stage.layers, stage.open_top, num_layers)
+    return Draft(
+        path=f"spec.stages[{index}]",
+        name=stage.name,
+        group=stage.layers,
+        layers=layers,
+        top_layers=top_layers,
+        embeddings=stage.embeddings,
+        head=stage.head,
+        epochs=stage.epochs,
+        data_fraction=stage.data_fraction,
+        data_offset=stage.data_offset,
+        learning_rate=stage.learning_rate,
+        batch_size=stage.batch_size,
+        micro_batch_size=stage.micro_batch_size,
+        rank=stage.rank,
+    )
+
+
+def _scheduled(
+    spec: StagedFineTuneSpec, schedule: ScheduleSpec, num_layers: int, profile: GradientFacts
+) -> Drafts:
+    groups = split_layers(schedule, num_layers)
+    options, gradients = spec.gradient_profile, None
+    if options is not None:
+        chosen, gradients = decide_groups(options, schedule.epochs_per_stage, groups, profile)
+        turns = [(group.layers, group.layers, group.epochs) for group in chosen]
     else:
-        count = min(schedule.stage_count or 1, num_layers)
-        size, num_larger = divmod(num_layers, count)
-        sizes = [size + 1 if index < num_larger else size for index in range(count)]
-    firsts = [sum(sizes[:index]) for index in range(len(sizes))]
-    return [
-        LayerRange(first=first, last=first + size - 1)
-        for first, size in zip(firsts, sizes, strict=True)
-    ]
-
-
-def _layers_name(layers: LayerRange) -> str:
-    if layers.count == 1:
-        return f"layers-{layers.first}"
-    return f"layers-{layers.first}-{layers.last}"
+        turns = [
+            (group, widened(schedule, groups, index), schedule.epochs_per_stage)
+            for index, group in enumerate(groups)
+        ]
+        if schedule.order is Order.TOP_DOWN:
+            turns.reverse()
+    disjoint = schedule.data_partition is DataPartition.DISJOINT
+    equal_share = 1 / (len(turns) * schedule.passes) if disjoint else 1.0
+    drafts = []
+    for number, (group, reach, epochs) in itertools.product(range(1, schedule.passes + 1), turns):
+        layers, top_layers = with_open_top(reach, schedule.open_top, num_layers)
+        head = schedule.head is HeadPolicy.LAST_STAGE and reach.last == groups[-1].last
+        drafts.append(
+            Draft(
+                path="spec.schedule",
+                name=stage_name(layers, number),
+                group=group,
+                layers=layers,
+                top_layers=top_layers,
+                embeddings=schedule.embeddings is EmbeddingsPolicy.FIRST_STAGE and reach.first == 0,
+                head=head,
+                epochs=epochs,
+                data_fraction=schedule.data_fraction or equal_share,
+            )
+        )
+    return Drafts(drafts, gradients)
 
 
 def deal_rows(
@@ -107,26 +139,33 @@ def deal_rows(
     """Return (start, end) of each stage's rows in the one shuffled order of the training rows.
 
     Shared rows are the first of that order for every stage, disjoint ones consecutive slices in
-    running order. A stage for which no row is left gets an empty range.
+    running order, one for each stage of each pass. An explicit stage's rows begin at its offset. A
+    stage for which no row is left gets an empty range.
     """
     if spec.schedule is not None and spec.schedule.data_partition is DataPartition.DISJOINT:
         share = drafts[0].data_fraction * train_rows
         borders = [min(round(share * index), train_rows) for index in range(len(drafts) + 1)]
         return list(itertools.pairwise(borders))
-    return [(0, round(draft.data_fraction * train_rows)) for draft in drafts]
+    return [
+        (
+            round(draft.data_offset * train_rows),
+            min(round((draft.data_offset + draft.data_fraction) * train_rows), train_rows),
+        )
+        for draft in drafts
+    ]
 
 
 def learning_rates(training: TrainingSpec, drafts: Sequence[Draft]) -> list[float]:
     """Return each stage's learning rate: its own, the one for all, or the one by its depth.
 
-    By depth, a stage stands where the centre of its layers does between the lowest and the highest
+    By depth, a stage stands where the centre of its group does between the lowest and the highest
     centre of all stages; a single height counts as the top.
     """
     by_depth = training.learning_rate_by_depth
     if by_depth is None:
         for_all = training.learning_rate or 0.0  # 0.0 only where every stage has its own
         return [draft.learning_rate or for_all for draft in drafts]
-    centres = [(draft.layers.first + draft.layers.last) / 2 for draft in drafts]
+    centres = [(draft.group.first + draft.group.last) / 2 for draft in drafts]
     lowest, highest = min(centres), max(centres)
     if lowest == highest:
         return [by_depth.top] * len(drafts)

@@ -12,7 +12,7 @@ from stagetune_api import names
 from stagetune_api.facts import Facts
 from stagetune_api.names import RunLayout
 from stagetune_api.spec import ProtectionSpec, StagedFineTuneSpec
-from stagetune_api.stage import ParentRef, PlannedStage, StageConfig, Task
+from stagetune_api.stage import ParentRef, PlannedStage, StageConfig, Task, training_of_stage
 from stagetune_operator.ownership import Owner
 
 
@@ -62,7 +62,7 @@ def build_stage_file(
     """Return the file for `step`, which goes on from the outputs with `digests`, oldest first."""
     layout = run_layout(owner)
     has_models_claim = spec.storage is not None and spec.storage.models_claim_name is not None
-    training = spec.training
+    training = training_of_stage(spec.training, step.stage)
     if micro_batch_size is not None:
         training = training.model_copy(update={"micro_batch_size": micro_batch_size})
     chain = [

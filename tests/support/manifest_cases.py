@@ -96,6 +96,99 @@ class Case(NamedTuple):
     """Where the validator puts the problem of the refused one."""
 
 
+BY_GRADIENT = {"layersPerStage": 4, "order": "GradientNorm"}
+EXPAND: Edits = {"spec.method.type": "Expand"}
+
+SCHEDULE_CASES = {
+    "stageCount times passes is more": [
+        Case(
+            {"spec.schedule": {"stageCount": 43, "passes": 3}},
+            {"spec.schedule": {"stageCount": 64, "passes": 2}},
+            "spec.schedule.passes",
+        ),
+    ],
+    "overlap is not smaller than layersPerStage": [
+        Case({"spec.schedule.overlap": 4}, {"spec.schedule.overlap": 3}, "spec.schedule.overlap"),
+    ],
+    "overlap has no meaning beside cumulative": [
+        Case(
+            {"spec.schedule": {"layersPerStage": 4, "overlap": 1, "cumulative": True}},
+            {"spec.schedule": {"layersPerStage": 4, "openTop": 1, "cumulative": True}},
+            "spec.schedule.overlap",
+        ),
+    ],
+    "gradientNorm is only for": [
+        Case(
+            {"spec.schedule.gradientNorm": {}},
+            {"spec.schedule": {**BY_GRADIENT, "gradientNorm": {}}},
+            "spec.schedule.gradientNorm",
+        ),
+    ],
+    "order GradientNorm runs the groups once": [
+        Case(
+            {"spec.schedule": {**BY_GRADIENT, field: value}},
+            {"spec.schedule": {"layersPerStage": 4, "order": "TopDown", field: value}},
+            "spec.schedule.order",
+        )
+        for field, value in (("cumulative", True), ("overlap", 1), ("passes", 2))
+    ],
+    "order GradientNorm may leave out": [
+        Case(
+            {"spec.schedule": {**BY_GRADIENT, field: value}},
+            {"spec.schedule": {"layersPerStage": 4, field: value}},
+            "spec.schedule.order",
+        )
+        for field, value in (("head", "LastStage"), ("embeddings", "FirstStage"))
+    ],
+    "remove openTop, cumulative": [
+        Case(
+            {**EXPAND, "spec.schedule": {"layersPerStage": 4, field: value}},
+            {"spec.schedule": {"layersPerStage": 4, field: value}},
+            "spec.schedule",
+        )
+        for field, value in (
+            ("openTop", 1),
+            ("cumulative", True),
+            ("overlap", 1),
+            ("order", "GradientNorm"),
+        )
+    ],
+    "remove openTop from the stages": [
+        Case(
+            in_stages(LOWER, {**UPPER, "openTop": 1}, **EXPAND),
+            in_stages(LOWER, {**UPPER, "openTop": 1}),
+            "spec.stages[1].openTop",
+        ),
+    ],
+    "dataOffset and dataFraction together": [
+        Case(
+            in_stages({**LOWER, "dataOffset": 0.5}),
+            in_stages({**LOWER, "dataOffset": 0.5, "dataFraction": 0.5}),
+            "spec.stages[0].dataOffset",
+        ),
+    ],
+    "the rank of a stage is only": [
+        Case(
+            in_stages(LOWER, {**UPPER, "rank": 8}),
+            in_stages(LOWER, {**UPPER, "rank": 8}, **{"spec.method.type": "LoRA"}),
+            "spec.stages[1].rank",
+        ),
+    ],
+    "the microBatchSize of a stage does not divide": [
+        Case(
+            in_stages(LOWER, {**UPPER, "microBatchSize": 3}),
+            in_stages(LOWER, {**UPPER, "microBatchSize": 3, "batchSize": 24}),
+            "spec.stages[1].microBatchSize",
+        ),
+        Case(
+            in_stages({**LOWER, "batchSize": 6}, **{"spec.training.microBatchSize": 4}),
+            in_stages({**LOWER, "batchSize": 12}, **{"spec.training.microBatchSize": 4}),
+            "spec.stages[0].batchSize",
+        ),
+    ],
+}
+"""Rules of schedules and of explicit stages: `schedule_rules` and `schedule_checks`."""
+
 CASES = {
     "give exactly one of schedule and stages": [
         Case({"spec.schedule": None}, {}, "spec.schedule"),
@@ -130,7 +223,20 @@ CASES = {
             },
             "spec.schedule.dataFraction",
         ),
+        Case(
+            {
+                "spec.schedule": {
+                    "stageCount": 2,
+                    "passes": 2,
+                    "dataFraction": 0.5,
+                    "dataPartition": "Disjoint",
+                }
+            },
+            {"spec.schedule": {"stageCount": 2, "dataFraction": 0.5, "dataPartition": "Disjoint"}},
+            "spec.schedule.dataFraction",
+        ),
     ],
+    **SCHEDULE_CASES,
     "only hf:// and ms:// sources have revisions": [
         Case(
             {"spec.model": {"source": "file://model", "revision": "main"}},

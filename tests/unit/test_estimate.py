@@ -205,14 +205,46 @@ def test_operations_equal_pytorchs_own_count(
     assert estimated == _counted_flops(model, checkpointing)
 
 
+@pytest.mark.parametrize("model_type", ["llama", "gemma2", "phi"])
 @pytest.mark.parametrize("checkpointing", ["Never", "Always"])
-@pytest.mark.parametrize(("first", "adapted"), [(2, {0, 1}), (0, {4, 5}), (4, {0, 1, 2, 3})])
+@pytest.mark.parametrize("head", [False, True])
+def test_operations_with_an_open_top_equal_pytorchs_own_count(
+    model_type: str, checkpointing: str, head: bool
+) -> None:
+    config = _tiny_config(model_type)
+    config.tie_word_embeddings = False
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
+    model.requires_grad_(False)
+    for index in (1, 2, 5):
+        model.model.layers[index].requires_grad_(True)
+    model.get_output_embeddings().requires_grad_(head)
+
+    estimated = step_flops(
+        _tiny_facts(config),
+        FULL,
+        _training(checkpointing, batch_size=2),
+        _scope(1, 3, head=head, top_layers=LayerRange(first=5, last=5)),
+    )
+
+    assert estimated == _counted_flops(model, checkpointing)
+
+
+@pytest.mark.parametrize("checkpointing", ["Never", "Always"])
+@pytest.mark.parametrize(
+    ("first", "adapted", "top"),
+    [
+        (2, {0, 1}, set()),
+        (0, {4, 5}, set()),
+        (4, {0, 1, 2, 3}, set()),
+        (1, {0, 3}, {5}),
+    ],
+)
 def test_operations_of_adapters_are_near_pytorchs_own_count(
-    checkpointing: str, first: int, adapted: set[int]
+    checkpointing: str, first: int, adapted: set[int], top: set[int]
 ) -> None:
     config = _tiny_config("llama")
     model = AutoModelForCausalLM.from_config(config, attn_implementation="eager")
-    opened = {first, first + 1}
+    opened = {first, first + 1} | top
     adapters = peft.LoraConfig(
         r=8,
         target_modules=[
@@ -235,7 +267,12 @@ def test_operations_of_adapters_are_near_pytorchs_own_count(
         _tiny_facts(config),
         _lora(rank=8),
         _training(checkpointing, batch_size=2),
-        _scope(first, first + 2, adapted_layers=frozenset(adapted)),
+        _scope(
+            first,
+            first + 2,
+            adapted_layers=frozenset(adapted),
+            top_layers=LayerRange(first=min(top), last=max(top)) if top else None,
+        ),
     )
 
     # What comes into the lowest open layer needs no gradient under adapters: a little less.
@@ -398,6 +435,25 @@ def test_embeddings_and_head_train_with_their_stages() -> None:
 
     assert embeddings - plain == 544_997_376
     assert head - plain == 544_997_376 + QWEN.hidden_size
+
+
+def test_an_open_top_trains_beside_the_group_and_keeps_what_a_trained_layer_keeps() -> None:
+    facts, training = _facts(QWEN, row_tokens=2048, answer_share=0.01), _training("Never")
+    top = LayerRange(first=26, last=27)
+    trained, frozen = (
+        2048 * layer_activation_bytes(QWEN, trained=trained, element=2, row_tokens=2048)
+        for trained in (True, False)
+    )
+
+    plain = _estimate(facts, _scope(8, 12), training=training)
+    opened = _estimate(facts, _scope(8, 12, top_layers=top), training=training)
+
+    copy = 2 * QWEN.layer.parameters
+    assert opened.activation_bytes - plain.activation_bytes == 2 * (trained - frozen + copy)
+    assert opened.trainable_parameters == 6 * QWEN.layer.parameters
+    assert _estimate(facts, _scope(8, 12, top_layers=top), _lora(64)).trainable_parameters == (
+        6 * _estimate(facts, _scope(0, 1), _lora(64)).trainable_parameters
+    )
 
 
 def test_adapters_of_earlier_stages_stay_in_memory() -> None:

@@ -8,12 +8,22 @@ from typing import Any
 
 import pytest
 
-from fake_cluster import CrashError, Ending, FakeCluster, Script, fails, report_for, succeeds
+from fake_cluster import (
+    FACTS,
+    CrashError,
+    Ending,
+    FakeCluster,
+    Script,
+    fails,
+    report_for,
+    succeeds,
+)
 from manifest_cases import edited
 from stagetune_api import names
+from stagetune_api.facts import GradientFacts
 from stagetune_api.names import TrainerExitCode
 from stagetune_api.report import AveragingResult, FailureClass, Timings
-from stagetune_api.stage import StageConfig
+from stagetune_api.stage import StageConfig, Task
 from stagetune_api.status import StagedFineTuneStatus
 from stagetune_operator.keys import RunKey
 from stagetune_operator.reconcile import Reconciler
@@ -1324,3 +1334,50 @@ def test_edit_of_the_data_counts_no_attempt_at_preparing() -> None:
     status = operator.finish()
     assert status.state == "Succeeded"
     assert operator.jobs[0] == "finance-qa-prepare-6"
+
+
+OWN_BATCHES: dict[str, Any] = {
+    "spec.schedule": None,
+    "spec.stages": [
+        {"name": "lower", "layers": {"first": 0, "last": 1}},
+        {"name": "upper", "layers": {"first": 2, "last": 3}, "batchSize": 12, "microBatchSize": 6},
+    ],
+}
+
+
+def test_out_of_memory_halves_a_stages_own_micro_batch() -> None:
+    operator = begun(OWN_BATCHES)
+    sizes: list[tuple[int, int]] = []
+
+    def script(config: StageConfig, pod: Object) -> Ending:
+        sizes.append((config.training.batch_size, config.training.micro_batch_size))
+        if config.training.micro_batch_size > 1:
+            return Ending(exit_code=137, reason="OOMKilled")
+        return succeeds(config, pod)
+
+    status = operator.finish({"01-lower": script, "02-upper": script})
+
+    assert sizes == [(16, 1), (12, 6), (12, 3), (12, 1)]
+    assert status.state == "Succeeded"
+    assert [stage.micro_batch_size for stage in status.stages] == [None, 1]
+
+
+def test_a_run_follows_the_profile_that_its_prepare_reports() -> None:
+    operator = begun({"spec.schedule": {"layersPerStage": 1, "order": "GradientNorm"}})
+    asked: list[Any] = []
+
+    def script(config: StageConfig, pod: Object) -> Ending:
+        asked.append((config.task, config.gradient_norm is not None))
+        if config.task is not Task.PREPARE:
+            return succeeds(config, pod)
+        profile = GradientFacts(relative_norms=[0.01, 1.0, 3.0, 2.0], rows=8, tokens=512)
+        facts = FACTS.model_copy(update={"gradients": profile})
+        report = report_for(config).model_copy(update={"facts": facts})
+        return Ending(message=report.termination_message())
+
+    status = operator.finish(script)
+
+    assert [stage.name for stage in status.stages] == ["layers-2", "layers-3", "layers-1"]
+    assert status.state == "Succeeded"
+    assert asked[0] == (Task.PREPARE, True)
+    assert not any(wanted for _, wanted in asked[1:])

@@ -187,7 +187,6 @@ def test_message_shows_the_value_and_what_is_expected(
     [
         ("spec.method.type", "QLoRA"),
         ("spec.method.type", "Expand"),
-        ("spec.schedule.order", "GradientNorm"),
         ("spec.training.prefixCache", "Auto"),
         ("spec.protection", {"distillation": {"weight": 0.1}}),
         ("spec.runtime", {"engine": "DeepSpeed"}),

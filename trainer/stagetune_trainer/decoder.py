@@ -3,7 +3,7 @@
 Comes after `model` has loaded the weights and before `methods` open some of them.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -56,6 +56,11 @@ class Decoder:
         """
         for index in range(layers.first, layers.last + 1):
             yield f"{self.layers_path}.{index}", self.layers[index]
+
+    def groups(self, ranges: Iterable[LayerRange]) -> Iterator[tuple[str, nn.Module]]:
+        """Yield the layers of several ranges as `group` does, one range after another."""
+        for layers in ranges:
+            yield from self.group(layers)
 
 
 def find_decoder(model: PreTrainedModel) -> Decoder:

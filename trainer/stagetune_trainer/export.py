@@ -1,7 +1,6 @@
 """The Export task: the chain of stages becomes a folder that others load as it is."""
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from stagetune_api.stage import StageConfig, Task
 from stagetune_trainer.assemble import assemble
 from stagetune_trainer.averaging import needs_averaging, scale_adapters
 from stagetune_trainer.checkpoint import Fence, provenance_of, publish_directory, remove_drafts
-from stagetune_trainer.methods.lora import LoraMethod
+from stagetune_trainer.methods.lora import LoraMethod, adapter_ranks
 from stagetune_trainer.metrics import ProgressLog, peak_memory_bytes
 from stagetune_trainer.model import load_chain
 from stagetune_trainer.model_card import write_model_card
@@ -100,7 +99,7 @@ def _write_adapter(config: StageConfig, draft: Path) -> None:
         draft / names.ADAPTER_WEIGHTS_FILE,
         metadata={"format": "pt"},
     )
-    adapter: Any = LoraMethod(config.method.lora).config(_adapted_names(tensors))
+    adapter: Any = LoraMethod(config.method.lora).config_of_ranks(adapter_ranks(tensors))
     adapter.base_model_name_or_path = _base_name(config)
     adapter.revision = config.model.revision
     adapter.inference_mode = True
@@ -110,12 +109,6 @@ def _write_adapter(config: StageConfig, draft: Path) -> None:
     fields = json.loads(path.read_text(encoding="utf-8"))
     fields["target_modules"] = sorted(fields["target_modules"])
     path.write_text(json.dumps(fields, indent=2, sort_keys=True), encoding="utf-8")
-
-
-def _adapted_names(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Return the full names of the modules that `tensors` are adapters of, in order."""
-    suffix = ".lora_A.weight"
-    return [name.removesuffix(suffix) for name in tensors if name.endswith(suffix)]
 
 
 def _base_name(config: StageConfig) -> str:

@@ -83,7 +83,7 @@ def _stage_table(stages: list[PlannedStage], reports: list[StageReport | None]) 
         "| --- | --- | --- | --- | --- | --- | --- |",
     ]
     for stage, report in zip(stages, reports, strict=True):
-        layers = f"{stage.layers.first}–{stage.layers.last}"
+        layers = ", ".join(f"{part.first}–{part.last}" for part in stage.layer_ranges)
         measured = "– | – | – | –"
         if report is not None and report.train is not None and report.output is not None:
             measured = (

@@ -55,7 +55,7 @@ def settings_digest(config: StageConfig) -> str:
         {
             "method": config.method.model_dump(mode="json"),
             "training": training,
-            "stage": stage.model_dump(mode="json", exclude={"estimate"}),
+            "stage": stage.model_dump(mode="json", exclude={"estimate", "micro_batch_size"}),
             "model": config.model_digest,
             "data": config.data_digest,
             "parent": config.chain[-1].digest if config.chain else config.model_digest,

@@ -169,6 +169,21 @@ def open_training_rows(config: StageConfig, stage: PlannedStage) -> TrainingRows
     )
 
 
+def open_profile_batches(config: StageConfig, batches: int) -> list[Batch]:
+    """Return the micro-batches of the first `batches` batches of the training rows' shuffled order.
+
+    Fewer where there are not so many rows. Raises ArtifactError where the rows are not sound.
+    """
+    rows = _open(config, Split.TRAIN)
+    order = permutation(len(rows), config.training.seed, Purpose.TRAINING_ORDER)
+    size = config.training.batch_size
+    return [
+        collate([rows[index] for index in part])
+        for batch in _parts([int(index) for index in order[: batches * size]], size)
+        for part in _parts(_longest_first(rows, batch), config.training.micro_batch_size)
+    ]
+
+
 def open_validation_rows(config: StageConfig) -> FixedRows:
     """Return all validation rows; raises ArtifactError where they are not sound."""
     rows = _open(config, Split.VALIDATION)

@@ -101,7 +101,7 @@ def prepare(
     found = _find_prepared(directory, base, settings)
     if found is not None:
         say(f"found the tokenised rows in {directory}")
-        return found
+        return _with_profile(config, found, say)
     manifest = _publish_data(config, writer, base, settings, before_publish)
     for warning in writer.warnings:
         say(f"warning: {warning}")
@@ -112,6 +112,19 @@ def prepare(
     )
     write_file_atomically(directory / names.FACTS_FILE, facts.model_dump_json(indent=2))
     say(f"tokenised {facts.data.train_rows} + {facts.data.validation_rows} rows in {directory}")
+    return _with_profile(config, facts, say)
+
+
+def _with_profile(config: StageConfig, facts: Facts, say: Callable[[str], None]) -> Facts:
+    """Return `facts` with the profile of gradients that the schedule asks for, if it does."""
+    if config.gradient_norm is None:
+        return facts.model_copy(update={"gradients": None})
+    # Imported here: it brings the whole trainer with it.
+    from stagetune_trainer.gradient_profile import with_gradient_profile
+
+    facts = with_gradient_profile(config, facts, say)
+    directory = names.RunLayout(Path(config.run_directory)).prepare
+    write_file_atomically(directory / names.FACTS_FILE, facts.model_dump_json(indent=2))
     return facts
 
 

@@ -24,7 +24,7 @@ class FullMethod:
         in bf16 a small update rounds away.
         """
         self._handed_on_dtype = decoder.model.dtype
-        modules = [module for _, module in decoder.group(stage.layers)]
+        modules = [module for _, module in decoder.groups(stage.layer_ranges)]
         if stage.embeddings:
             modules.append(decoder.embeddings)
         if stage.head:

@@ -1,6 +1,6 @@
 """`LoRA`: adapters beside the linear modules of the stage's layers train (arXiv 2106.09685)."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 import torch
 from peft import LoraConfig, inject_adapter_in_model
@@ -26,9 +26,10 @@ class LoraMethod:
 
     def open(self, decoder: Decoder, stage: PlannedStage) -> dict[str, nn.Parameter]:
         """Add adapters to the stage's layers and return their parameters by their export name."""
-        self._inject(decoder, stage.layers)
+        targets = self.target_modules(decoder, stage.layer_ranges)
+        self._inject(decoder, targets, stage.rank)
         opened = {}
-        for name, parameter in adapter_parameters(decoder, stage.layers):
+        for name, parameter in adapter_parameters(decoder, stage.layer_ranges):
             parameter.data = parameter.data.float()
             parameter.requires_grad_(True)
             opened[name] = parameter
@@ -40,60 +41,94 @@ class LoraMethod:
 
     @torch.no_grad()
     def apply(self, decoder: Decoder, layers: LayerRange, tensors: Mapping[str, Tensor]) -> None:
-        """Add a finished stage's adapters, frozen and without dropout."""
-        self._inject(decoder, layers)
-        parameters = dict(adapter_parameters(decoder, layers))
+        """Add a finished stage's adapters, frozen and without dropout.
+
+        Which modules they stand beside, and their rank, is what `tensors` say: a stage may open
+        more than the one range `layers`.
+        """
+        ranks = adapter_ranks(tensors)
+        for rank in sorted(set(ranks.values())):
+            self._inject(decoder, [name for name in ranks if ranks[name] == rank], rank)
+        everything = LayerRange(first=0, last=decoder.num_layers - 1)
+        parameters = {
+            name: parameter
+            for name, parameter in adapter_parameters(decoder, [everything])
+            if name in tensors
+        }
         if parameters.keys() != tensors.keys():
-            raise ValueError("a stage's output does not hold the adapters of its layers")
+            raise ValueError("a stage's output holds adapters of modules that the model has not")
         for name, parameter in parameters.items():
             parameter.data = tensors[name].to(parameter.device)
             parameter.requires_grad_(False)
 
-    def config(self, target_modules: list[str]) -> LoraConfig:
-        """Return PEFT's configuration of adapters at `target_modules`, given by full names."""
+    def config(self, target_modules: Sequence[str], rank: int | None = None) -> LoraConfig:
+        """Return PEFT's configuration of adapters at `target_modules`, given by full names.
+
+        `rank` is that of the stage where it has one of its own.
+        """
+        rank = rank or self._spec.rank
         return LoraConfig(
-            r=self._spec.rank,
-            lora_alpha=self.alpha,
+            r=rank,
+            lora_alpha=self.alpha(rank),
             lora_dropout=self._spec.dropout,
-            target_modules=target_modules,
+            target_modules=list(target_modules),
             bias="none",
             task_type="CAUSAL_LM",
         )
 
-    @property
-    def alpha(self) -> float:
-        """The scale's numerator; twice the rank unless given."""
-        return 2.0 * self._spec.rank if self._spec.alpha is None else self._spec.alpha
+    def config_of_ranks(self, ranks: Mapping[str, int]) -> LoraConfig:
+        """Return PEFT's configuration of adapters whose modules have `ranks` of their own."""
+        config = self.config(list(ranks))
+        other = {name: rank for name, rank in ranks.items() if rank != config.r}
+        config.rank_pattern = other
+        config.alpha_pattern = {name: self.alpha(rank) for name, rank in other.items()}
+        return config
 
-    def target_modules(self, decoder: Decoder, layers: LayerRange) -> list[str]:
+    def alpha(self, rank: int) -> float:
+        """Return the scale's numerator; twice the rank unless given."""
+        return 2.0 * rank if self._spec.alpha is None else self._spec.alpha
+
+    def target_modules(self, decoder: Decoder, ranges: Iterable[LayerRange]) -> list[str]:
         """Return the full names of the linear modules that get an adapter."""
         wanted = self._spec.target_modules
         return [
             f"{layer_name}.{name}"
-            for layer_name, layer in decoder.group(layers)
+            for layer_name, layer in decoder.groups(ranges)
             for name, module in layer.named_modules()
             if isinstance(module, nn.Linear) and (wanted is None or name.split(".")[-1] in wanted)
         ]
 
-    def _inject(self, decoder: Decoder, layers: LayerRange) -> None:
-        """Add adapters to the linear modules of `layers` that have none yet."""
-        existing = {name for name, _ in _adapted_modules(decoder, layers)}
-        targets = [
-            name
-            for name in self.target_modules(decoder, layers)
-            if not any(name.startswith(f"{other}.") for other in existing)
-        ]
+    def _inject(self, decoder: Decoder, modules: Sequence[str], rank: int | None) -> None:
+        """Add adapters of `rank` to those of `modules`, given by full names, that have none yet."""
+        everything = LayerRange(first=0, last=decoder.num_layers - 1)
+        # Inside an adapted module there is a linear one again: the weight that it stands beside.
+        adapted = {name for name, _ in _adapted_modules(decoder, [everything])}
+        adapted |= {f"{name}.base_layer" for name in adapted}
+        targets = [name for name in modules if name not in adapted and ".lora_" not in name]
         if targets:
-            inject_adapter_in_model(self.config(targets), decoder.model, adapter_name=_ADAPTER)
+            config = self.config(targets, rank)
+            inject_adapter_in_model(config, decoder.model, adapter_name=_ADAPTER)
             # PEFT takes a model that has this for one of its own and warns of several adapters.
             del decoder.model.peft_config
         # PEFT opens every adapter there is, those of earlier stages too.
         decoder.model.requires_grad_(False)
 
 
-def adapter_parameters(decoder: Decoder, layers: LayerRange) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield the adapters' matrices in `layers`, named as an adapter file names them."""
-    for module_name, module in _adapted_modules(decoder, layers):
+def adapter_ranks(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """Return the full names of the modules that `tensors` are adapters of, with their ranks."""
+    suffix = ".lora_A.weight"
+    return {
+        name.removesuffix(suffix): tensor.shape[0]
+        for name, tensor in tensors.items()
+        if name.endswith(suffix)
+    }
+
+
+def adapter_parameters(
+    decoder: Decoder, ranges: Iterable[LayerRange]
+) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield the adapters' matrices in `ranges`, named as an adapter file names them."""
+    for module_name, module in _adapted_modules(decoder, ranges):
         yield f"{module_name}.lora_A.weight", module.lora_A[_ADAPTER].weight
         yield f"{module_name}.lora_B.weight", module.lora_B[_ADAPTER].weight
 
@@ -145,8 +180,10 @@ def _take_adapter_away(decoder: Decoder, name: str, module: LoraLayer) -> None:
     setattr(decoder.model.get_submodule(parent), child, module.get_base_layer())
 
 
-def _adapted_modules(decoder: Decoder, layers: LayerRange) -> Iterator[tuple[str, LoraLayer]]:
-    for layer_name, layer in decoder.group(layers):
+def _adapted_modules(
+    decoder: Decoder, ranges: Iterable[LayerRange]
+) -> Iterator[tuple[str, LoraLayer]]:
+    for layer_name, layer in decoder.groups(ranges):
         for name, module in layer.named_modules():
             if isinstance(module, LoraLayer):
                 yield f"{layer_name}.{name}", module
