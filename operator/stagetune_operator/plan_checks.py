@@ -5,16 +5,20 @@ Each function gives all the problems of its kind; `plan` shows them together.
 
 from collections.abc import Iterator, Sequence
 
+from stagetune_api.expansion import block_indices
 from stagetune_api.facts import DataFacts, Facts, ModelFacts
 from stagetune_api.problems import Problem, ProblemReason
 from stagetune_api.spec import (
+    AdapterScope,
     DataPartition,
+    ExpandSpec,
     GradientCheckpointing,
+    LoraSpec,
     MethodType,
     StagedFineTuneSpec,
 )
 from stagetune_api.stage import PlannedStage
-from stagetune_operator.estimate import DEVICE_CONTEXT_BYTES, Machine, is_target
+from stagetune_operator.estimate import DEVICE_CONTEXT_BYTES, Machine, is_target, uses_adapters
 from stagetune_operator.schedule import Draft, deal_rows
 
 MAX_STAGES = 128
@@ -27,6 +31,8 @@ def find_problems(spec: StagedFineTuneSpec, facts: Facts, drafts: Sequence[Draft
         *_layer_problems(spec, facts.model),
         *_head_problems(facts.model, drafts),
         *_target_problems(spec, facts.model),
+        *_block_problems(spec, facts.model, drafts),
+        *_rank_problems(spec, facts.model),
         *_data_problems(facts.data),
         *_partition_problems(spec, drafts),
         *_share_problems(spec, drafts, facts.data.train_rows),
@@ -106,6 +112,55 @@ def _target_problems(spec: StagedFineTuneSpec, model: ModelFacts) -> Iterator[Pr
                 ProblemReason.NOT_FOUND,
                 f"{target!r} is no linear module of a {model.model_type} layer; use one of {names}",
             )
+
+
+def _block_problems(
+    spec: StagedFineTuneSpec, model: ModelFacts, drafts: Sequence[Draft]
+) -> Iterator[Problem]:
+    """Yield what leaves a stage of method Expand without a block to train."""
+    if spec.method.type is not MethodType.EXPAND:
+        return
+    size = (spec.method.expand or ExpandSpec()).layers_per_block
+    if size > model.num_layers:
+        yield _problem(
+            "spec.method.expand.layersPerBlock",
+            ProblemReason.INVALID,
+            f"{size} adds no block to {model.num_layers} layers; use at most {model.num_layers}",
+        )
+        return
+    for draft in drafts:
+        if not block_indices(draft.layers, size):
+            place = "layersPerStage" if draft.path == "spec.schedule" else "layers"
+            if spec.schedule is not None and spec.schedule.stage_count is not None:
+                place = "stageCount"
+            yield _problem(
+                f"{draft.path}.{place}",
+                ProblemReason.CONFLICT,
+                f"stage {draft.name} has no block to train: one is added behind every {size} "
+                f"layers, the last of them behind layer {model.num_layers // size * size - 1}; "
+                "open such a layer in every stage, or lower spec.method.expand.layersPerBlock",
+            )
+
+
+def _rank_problems(spec: StagedFineTuneSpec, model: ModelFacts) -> Iterator[Problem]:
+    """Yield stages that would go on with an adapter of another rank than their own."""
+    lora = spec.method.lora or LoraSpec()
+    if not uses_adapters(spec.method) or lora.adapters is AdapterScope.PER_STAGE:
+        return
+    ranks: dict[int, int] = {}
+    for index, stage in enumerate(spec.stages or []):
+        rank = stage.rank or lora.rank
+        top = range(max(model.num_layers - stage.open_top, 0), model.num_layers)
+        layers = {*range(stage.layers.first, stage.layers.last + 1), *top}
+        others = {ranks[layer] for layer in layers if ranks.get(layer, rank) != rank}
+        if others:
+            yield _problem(
+                f"spec.stages[{index}].rank",
+                ProblemReason.CONFLICT,
+                f"{rank} is not the rank {min(others)} of the adapters that an earlier stage gave "
+                "to some of these layers; use that rank or spec.method.lora.adapters: PerStage",
+            )
+        ranks.update({layer: rank for layer in layers if layer not in ranks})
 
 
 def _data_problems(data: DataFacts) -> Iterator[Problem]:
@@ -211,4 +266,6 @@ def _memory_cure(spec: StagedFineTuneSpec, stage: PlannedStage) -> str:
         cures.append(f"open fewer than {stage.layers.count} layers per stage")
     if spec.method.type is MethodType.FULL:
         cures.append("use method.type: LoRA")
+    if spec.method.type is MethodType.LORA:
+        cures.append("use method.type: QLoRA")
     return ", ".join([*cures, "or take a larger device"])

@@ -9,7 +9,7 @@ from stagetune_api.spec import ExportDtype
 from stagetune_api.stage import StageConfig
 from stagetune_trainer.decoder import Decoder
 from stagetune_trainer.methods import make_method
-from stagetune_trainer.methods.lora import merge_adapters
+from stagetune_trainer.methods.adapters import merge_adapters
 from stagetune_trainer.model import Numerics, apply_chain, load_base, load_chain
 
 
@@ -45,7 +45,10 @@ def assemble(config: StageConfig, device: torch.device) -> Decoder:
         raise ValueError("the task needs the base model's digest")
     outputs = load_chain(config.chain, config.model_digest)
     decoder = load_base_for_export(config, device)
-    apply_chain(decoder, outputs, make_method(config.method))
+    method = make_method(config.method)
+    # Reshaped but never compressed: what is exported stands on the base's own weights.
+    method.reshape(decoder)
+    apply_chain(decoder, outputs, method)
     merge_adapters(decoder)
     decoder.model.train(False)
     return decoder

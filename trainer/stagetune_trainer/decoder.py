@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from stagetune_api.spec import LayerRange
+from stagetune_api.stage import PlannedStage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +57,14 @@ class Decoder:
         """
         for index in range(layers.first, layers.last + 1):
             yield f"{self.layers_path}.{index}", self.layers[index]
+
+    def opened(self, stage: PlannedStage) -> Iterator[tuple[str, nn.Module]]:
+        """Yield all layers that `stage` opens, those at the top too, each once, bottom up."""
+        yield from self.group(stage.layers)
+        top = stage.top_layers
+        if top is not None and top.last > stage.layers.last:
+            first = max(top.first, stage.layers.last + 1)
+            yield from self.group(LayerRange(first=first, last=top.last))
 
 
 def find_decoder(model: PreTrainedModel) -> Decoder:
