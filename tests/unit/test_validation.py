@@ -185,8 +185,6 @@ def test_message_shows_the_value_and_what_is_expected(
 @pytest.mark.parametrize(
     ("path", "value"),
     [
-        ("spec.method.type", "QLoRA"),
-        ("spec.method.type", "Expand"),
         ("spec.schedule.order", "GradientNorm"),
         ("spec.training.optimizer", "AdamW8bit"),
         ("spec.training.prefixCache", "Auto"),
