@@ -15,6 +15,8 @@ from stagetune_api.problems import Problem, ProblemReason
 from stagetune_api.spec import StagedFineTuneSpec
 from stagetune_operator.estimate import Machine
 from stagetune_operator.plan import Plan, make_plan
+from stagetune_operator.plan_checks import find_problems
+from stagetune_operator.schedule import draft_stages
 
 GIB = 2**30
 
@@ -693,3 +695,23 @@ def test_adapters_of_every_stage_stay_where_a_layer_is_opened_again() -> None:
     assert weights["Shared"][0] == weights["Shared"][1] == weights["PerStage"][0]
     trained = plan.stages[0].estimate.trainable_parameters
     assert weights["PerStage"][1] == weights["PerStage"][0] + 4 * trained
+
+
+def test_shared_adapter_cannot_get_another_rank() -> None:
+    stages = [
+        {"name": "first", "layers": {"first": 0, "last": 3}, "rank": 4},
+        {"name": "second", "layers": {"first": 3, "last": 5}, "rank": 8},
+        {"name": "third", "layers": {"first": 6, "last": 7}, "rank": 2},
+        {"name": "fourth", "layers": {"first": 4, "last": 7}},
+    ]
+    found = {}
+    for scope in ("Shared", "PerStage"):
+        method = {"type": "LoRA", "lora": {"rank": 2, "adapters": scope}}
+        spec = _spec(stages=stages, method=method)
+        found[scope] = find_problems(spec, _facts(), draft_stages(spec, 12))
+
+    paths = [problem.path for problem in found["Shared"]]
+    assert paths == ["spec.stages[1].rank", "spec.stages[3].rank"]
+    assert "8 is not the rank 4" in found["Shared"][0].message
+    assert "2 is not the rank 8" in found["Shared"][1].message
+    assert found["PerStage"] == []

@@ -132,14 +132,20 @@ def _check_blocks_do_nothing(decoder: Decoder, blocks: list[int]) -> None:
     changed: list[int] = []
 
     def hook(index: int) -> Any:
-        def compare(module: nn.Module, inputs: tuple[Tensor, ...], output: Any) -> None:
+        def compare(
+            module: nn.Module, inputs: tuple[Tensor, ...], named: dict[str, Any], output: Any
+        ) -> None:
+            given = inputs[0] if inputs else named["hidden_states"]
             found = output[0] if isinstance(output, tuple) else output
-            if not torch.equal(found, inputs[0]):
+            if not torch.equal(found, given):
                 changed.append(index)
 
         return compare
 
-    hooks = [decoder.layers[index].register_forward_hook(hook(index)) for index in blocks]
+    hooks = [
+        decoder.layers[index].register_forward_hook(hook(index), with_kwargs=True)
+        for index in blocks
+    ]
     was_training = decoder.model.training
     decoder.model.train(False)
     tokens = torch.arange(1, 9, device=decoder.device).unsqueeze(0)
