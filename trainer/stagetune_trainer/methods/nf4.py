@@ -1,10 +1,11 @@
 """A frozen linear module in NF4, the 4-bit format of QLoRA (arXiv 2305.14314), by bitsandbytes.
 
 A subclass of `nn.Linear` of our own instead of bitsandbytes' `Linear4bit`: peft adapts it like any
-other, whether or not it saw bitsandbytes when it was imported, and nothing is fetched or tuned for
-the processor behind our back.
+other, whether or not it saw bitsandbytes when it was imported, and of bitsandbytes only the two
+conversions are used, not the products that it chooses by the processor.
 """
 
+import logging
 from types import ModuleType
 from typing import Any
 
@@ -22,6 +23,8 @@ BLOCK_SIZE = 64
 def nf4_functions() -> ModuleType:
     """Import bitsandbytes and return its functions; raises ImportError where it cannot be used."""
     reveal("bitsandbytes")
+    # It recommends a package that fetches code from a hub; nothing here uses what that is for.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     from bitsandbytes import functional as nf4
 
     module: ModuleType = nf4
@@ -37,8 +40,7 @@ class Nf4Linear(nn.Linear):
         nn.Module.__init__(self)
         self.in_features = linear.in_features
         self.out_features = linear.out_features
-        self._functions = nf4_functions()
-        packed, self._scales = self._functions.quantize_4bit(
+        packed, self._scales = nf4_functions().quantize_4bit(
             # As one row: bitsandbytes on a CPU dequantises rows that its blocks do not divide
             # wrongly.
             linear.weight.data.to(device).flatten(),
@@ -53,7 +55,7 @@ class Nf4Linear(nn.Linear):
     @property
     def weight(self) -> Tensor:  # type: ignore[override]  # computed: there is nothing to set
         """The weight [outputs, inputs] as it is computed with, made anew at each look."""
-        weight: Tensor = self._functions.dequantize_4bit(self.packed, self._scales)
+        weight: Tensor = nf4_functions().dequantize_4bit(self.packed, self._scales)
         return weight.view(self.out_features, self.in_features)
 
     def forward(self, input: Tensor) -> Tensor:
