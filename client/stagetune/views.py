@@ -81,8 +81,12 @@ def print_plan(console: Console, plan: Plan) -> None:
         console.print(_gradient_table(plan.gradients))
     summary = plan.summary
     full = summary.full_fine_tuning
+    added = ""
+    if summary.added_layers:
+        size = summary.added_parameters / 1e6
+        added = f" and {size:.0f} M in {summary.added_layers} blocks that are added"
     console.print(
-        f"{summary.parameters / 1e6:.0f} M parameters in {summary.num_layers} layers; "
+        f"{summary.parameters / 1e6:.0f} M parameters in {summary.num_layers} layers{added}; "
         f"{summary.train_rows} training rows with {summary.train_tokens} tokens, the longest of "
         f"{summary.max_row_tokens}, and {summary.validation_rows} validation rows.\n"
         f"{summary.total_steps} steps; all stages compute {summary.relative_total_flops:.2f} times "

@@ -20,6 +20,8 @@ _USES_LORA = f"self.method.type in ['{MethodType.LORA}', '{MethodType.QLORA}']"
 _DECODER_LAYERS_ONLY = (
     "adapters stand only in decoder layers; use method.type: Full or leave {} out"
 )
+_NO_EXPAND = f"self.method.type != '{MethodType.EXPAND}'"
+_ADDED_BLOCKS_ONLY = "only added blocks train with Expand; use method.type: Full or remove {}"
 
 SPEC_RULES = (
     Rule(
@@ -97,6 +99,31 @@ SPEC_RULES = (
         ".stages",
     ),
     Rule(
+        "spec",
+        f"{_NO_EXPAND} || !has(self.schedule) || self.schedule.head == 'Never'",
+        _ADDED_BLOCKS_ONLY.format("schedule.head"),
+        ".schedule.head",
+    ),
+    Rule(
+        "spec",
+        f"{_NO_EXPAND} || !has(self.schedule) || self.schedule.embeddings == 'Never'",
+        _ADDED_BLOCKS_ONLY.format("schedule.embeddings"),
+        ".schedule.embeddings",
+    ),
+    Rule(
+        "spec",
+        f"{_NO_EXPAND} || !has(self.stages) || self.stages.all(s, !s.head && !s.embeddings)",
+        _ADDED_BLOCKS_ONLY.format("head and embeddings of every stage"),
+        ".stages",
+    ),
+    Rule(
+        "spec",
+        "!has(self.method.lora) || !self.method.lora.dora || "
+        "self.method.lora.adapters != 'PerStage'",
+        "adapters PerStage with dora do not add up; use Shared or leave dora out",
+        ".method.lora.adapters",
+    ),
+    Rule(
         "spec.training",
         "!has(self.learningRate) || !has(self.learningRateByDepth)",
         "learningRate and learningRateByDepth are both given; keep one of them",
@@ -107,7 +134,7 @@ SPEC_RULES = (
         "has(self.training.learningRate) || has(self.training.learningRateByDepth) || "
         "(has(self.stages) && self.stages.all(s, has(s.learningRate)))",
         "give training.learningRate or training.learningRateByDepth; 2e-5 to 1e-4 is usual for "
-        "Full and 1e-4 to 1e-3 for LoRA",
+        "Full and 1e-4 to 1e-3 for LoRA; Expand begins well at 1e-4",
         ".training.learningRate",
     ),
     Rule(

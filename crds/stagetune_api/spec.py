@@ -283,7 +283,8 @@ class MethodSpec(ApiModel):
     """What trains inside a stage."""
 
     type: MethodType = MethodType.FULL
-    """type of training: Full opens the stage's weights, LoRA puts adapters beside them."""
+    """type of training: Full opens the stage's weights, LoRA puts adapters beside them, QLoRA does
+    so beside weights in 4 bits, Expand adds blocks and trains those alone."""
     lora: LoraSpec | None = None
     """lora holds the adapter options; only with type LoRA or QLoRA."""
     expand: ExpandSpec | None = None

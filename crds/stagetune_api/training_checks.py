@@ -10,10 +10,11 @@ from pydantic.alias_generators import to_camel
 from stagetune_api.problems import Problem, ProblemReason, conflict, not_yet
 from stagetune_api.schedule_checks import check_schedule_options, check_stage_options
 from stagetune_api.spec import (
+    AdapterScope,
     EngineType,
     ExplicitStageSpec,
     ExportFormat,
-    LoraSpec,
+    MethodSpec,
     MethodType,
     PrefixCache,
     StagedFineTuneSpec,
@@ -75,9 +76,11 @@ def _check_method(spec: StagedFineTuneSpec) -> Iterator[Problem]:
         yield conflict(
             "spec.method.expand", f"method.type is {method.type}; set it to Expand or remove expand"
         )
-    if not uses_lora:
+    yield from _check_adapters(method)
+    if method.type is MethodType.FULL:
         return
-    cure = "adapters stand only in decoder layers; use method.type: Full or leave it out"
+    trained = "adapters stand only in decoder layers" if uses_lora else "only added blocks train"
+    cure = f"{trained}; use method.type: Full or leave it out"
     if spec.schedule is not None and spec.schedule.head.value != "Never":
         yield conflict("spec.schedule.head", f"{spec.schedule.head} with {method.type}: {cure}")
     if spec.schedule is not None and spec.schedule.embeddings.value != "Never":
@@ -88,6 +91,16 @@ def _check_method(spec: StagedFineTuneSpec) -> Iterator[Problem]:
         for field in ("head", "embeddings"):
             if getattr(stage, field):
                 yield conflict(f"spec.stages[{index}].{field}", f"true with {method.type}: {cure}")
+
+
+def _check_adapters(method: MethodSpec) -> Iterator[Problem]:
+    lora = method.lora
+    if lora is not None and lora.dora and lora.adapters is AdapterScope.PER_STAGE:
+        yield conflict(
+            "spec.method.lora.adapters",
+            "PerStage with dora: each adapter would rescale the whole weight, so those of several "
+            "stages do not add up; use Shared or leave dora out",
+        )
 
 
 def _check_training(spec: StagedFineTuneSpec) -> Iterator[Problem]:
@@ -104,7 +117,7 @@ def _check_training(spec: StagedFineTuneSpec) -> Iterator[Problem]:
             path="spec.training.learningRate",
             reason=ProblemReason.REQUIRED,
             message="give learningRate or learningRateByDepth; 2e-5 to 1e-4 is usual for Full and "
-            "1e-4 to 1e-3 for LoRA",
+            "1e-4 to 1e-3 for LoRA; Expand begins well at 1e-4",
         )
     if training.batch_size % training.micro_batch_size:
         yield conflict(
@@ -161,7 +174,6 @@ def _check_weights_at_export(spec: StagedFineTuneSpec) -> Iterator[Problem]:
 
 def check_not_yet_supported(spec: StagedFineTuneSpec) -> Iterator[Problem]:
     """Refuse what the API already names and no program does yet: nothing is silently ignored."""
-    yield from _methods_not_yet(spec)
     yield from _protection_not_yet(spec)
     if spec.training.prefix_cache is not PrefixCache.NEVER:
         yield not_yet("spec.training.prefixCache", "prefix caches", "use Never or leave it out")
@@ -169,18 +181,6 @@ def check_not_yet_supported(spec: StagedFineTuneSpec) -> Iterator[Problem]:
         yield not_yet("spec.serve", "servers", "remove serve")
     if spec.runtime is not None and spec.runtime.engine is EngineType.DEEPSPEED:
         yield not_yet("spec.runtime.engine", "DeepSpeed engines", "use Auto or Single")
-
-
-def _methods_not_yet(spec: StagedFineTuneSpec) -> Iterator[Problem]:
-    if spec.method.type in (MethodType.QLORA, MethodType.EXPAND):
-        yield not_yet("spec.method.type", f"{spec.method.type} stages", "use Full or LoRA")
-    lora = spec.method.lora or LoraSpec()
-    for field, default in (("rankStabilized", False), ("dora", False), ("adapters", "Shared")):
-        value = {"rankStabilized": lora.rank_stabilized, "dora": lora.dora}.get(
-            field, lora.adapters.value
-        )
-        if value != default:
-            yield not_yet(f"spec.method.lora.{field}", f"{field} adapters", "leave it out")
 
 
 def _protection_not_yet(spec: StagedFineTuneSpec) -> Iterator[Problem]:

@@ -12,9 +12,11 @@ from typing import Annotated
 
 from pydantic import Field
 
+from stagetune_api import expansion
 from stagetune_api.base import ApiModel
 from stagetune_api.facts import DataFacts, Facts, ModelFacts
 from stagetune_api.spec import (
+    ExpandSpec,
     GradientCheckpointing,
     LayerRange,
     LoraSpec,
@@ -30,6 +32,8 @@ DEVICE_CONTEXT_BYTES = 6 * 2**30 // 10
 """An allowance of 0.6 GiB for the CUDA context, cuBLAS workspaces and the allocator's rounding."""
 CHECKPOINTS_AT_ONCE = 2
 """The one being written and the one it replaces."""
+NF4_BYTES_PER_PARAMETER = 1 / 2 + 1 / 64 + 4 / (64 * 256)
+"""4 bits, a scale of 8 bits for 64 of them, and an fp32 scale for 256 of those: 4.127 bits."""
 _EXTRA_NORM_TYPES = frozenset({"gemma2", "gemma3_text"})  # a norm behind each block too
 _QUERY_KEY_NORM_TYPES = frozenset({"qwen3", "gemma3_text"})
 _SOFT_CAPPED_TYPES = frozenset({"gemma2"})  # neither attention nor loss has a fused form
@@ -75,7 +79,10 @@ def estimate_stage(
     scope: StageScope,
     machine: Machine = CLUSTER_GPU,
 ) -> StageEstimate:
-    """Return what the stage `scope` needs; `method` is Full or LoRA, and no fact is zero."""
+    """Return what the stage `scope` needs; no fact is zero."""
+    full = step_flops(facts, MethodSpec(), training, _everything(facts.model))
+    if method.type is MethodType.EXPAND:
+        facts, scope = _expanded(facts, method, scope)
     model = facts.model
     element = element_bytes(training, machine)
     trainable = trainable_parameters(model, method, scope)
@@ -86,14 +93,14 @@ def estimate_stage(
         trainable=trainable,
         largest=_largest_tensor(model, method, scope),
     )
-    frozen = model.parameters - (trainable if method.type is MethodType.FULL else 0)
     idle_adapters = sum(_idle_adapters(model, method, scope).values())
-    weights = frozen * element + idle_adapters * 4
-    output = element if method.type is MethodType.FULL else 4
+    frozen = _frozen_bytes(model, method, trainable, element)
+    weights = frozen + idle_adapters * 4
+    output = 4 if uses_adapters(method) else element
     context = DEVICE_CONTEXT_BYTES if machine.is_gpu else 0
     activations = _activation_bytes(facts, method, training, scope, element, state.master)
+    activations += _made_anew_bytes(model, method, element)
     flops = step_flops(facts, method, training, scope)
-    full = step_flops(facts, MethodSpec(), training, _everything(model))
     return StageEstimate(
         trainable_parameters=trainable,
         weights_bytes=weights,
@@ -118,6 +125,55 @@ def _everything(model: ModelFacts) -> StageScope:
     return StageScope(layers, embeddings=True, head=True)
 
 
+def added_layers(model: ModelFacts, method: MethodSpec) -> int:
+    """Return the number of decoder blocks that the method adds to the model."""
+    if method.type is not MethodType.EXPAND:
+        return 0
+    size = (method.expand or ExpandSpec()).layers_per_block
+    return expansion.num_blocks(model.num_layers, size)
+
+
+def _expanded(facts: Facts, method: MethodSpec, scope: StageScope) -> tuple[Facts, StageScope]:
+    """Return the facts of the expanded model, and the stage's blocks as layers of it.
+
+    The formulas ask for the lowest layer that trains and for how many do. So blocks that stand
+    apart count as if they were the lowest one and its neighbours above.
+    """
+    size = (method.expand or ExpandSpec()).layers_per_block
+    blocks = expansion.block_indices(scope.layers, size)
+    layers = LayerRange(first=blocks[0], last=blocks[0] + len(blocks) - 1)
+    depth = facts.model.num_layers + added_layers(facts.model, method)
+    model = facts.model.model_copy(update={"num_layers": depth})
+    return facts.model_copy(update={"model": model}), StageScope(layers)
+
+
+def uses_adapters(method: MethodSpec) -> bool:
+    """Whether adapters train, and not weights of the model."""
+    return method.type in (MethodType.LORA, MethodType.QLORA)
+
+
+def _frozen_bytes(model: ModelFacts, method: MethodSpec, trainable: int, element: int) -> int:
+    """Return the bytes of the weights that do not train; under QLoRA most are in NF4."""
+    frozen = model.parameters - (0 if uses_adapters(method) else trainable)
+    if method.type is not MethodType.QLORA:
+        return frozen * element
+    shapes = model.layer.linear_shapes.values()
+    in_nf4 = model.num_layers * sum(inputs * outputs for inputs, outputs in shapes)
+    return (frozen - in_nf4) * element + math.ceil(in_nf4 * NF4_BYTES_PER_PARAMETER)
+
+
+def _made_anew_bytes(model: ModelFacts, method: MethodSpec, element: int) -> int:
+    """Return the bytes of what is computed from weights for one matrix at a time.
+
+    Under QLoRA that is the largest matrix as it is multiplied with; under DoRA the product of the
+    two factors, the adapted weight and the weight in fp32, for the lengths of its rows.
+    """
+    largest = max(inputs * outputs for inputs, outputs in model.layer.linear_shapes.values())
+    dequantised = element * largest if method.type is MethodType.QLORA else 0
+    uses_dora = method.lora is not None and method.lora.dora and uses_adapters(method)
+    return dequantised + (3 * 4 * largest if uses_dora else 0)
+
+
 def element_bytes(training: TrainingSpec, machine: Machine) -> int:
     """Return the bytes of one computed number: 2 in BF16, 4 in FP32."""
     bf16 = training.precision is Precision.BF16 or (
@@ -133,7 +189,7 @@ def is_target(module: str, target: str) -> bool:
 
 def adapted_shapes(model: ModelFacts, method: MethodSpec) -> list[tuple[int, int]]:
     """Return (inputs, outputs) of the linear modules of one layer that get an adapter."""
-    if method.type is not MethodType.LORA:
+    if not uses_adapters(method):
         return []
     targets = (method.lora or LoraSpec()).target_modules
     shapes = model.layer.linear_shapes.items()
@@ -145,9 +201,14 @@ def adapted_shapes(model: ModelFacts, method: MethodSpec) -> list[tuple[int, int
 
 
 def _adapter_parameters(model: ModelFacts, method: MethodSpec, rank: int | None) -> int:
-    """Return the adapters' parameters in one layer: rank * (inputs + outputs) per module."""
-    rank = rank or (method.lora or LoraSpec()).rank
-    return sum(rank * (inputs + outputs) for inputs, outputs in adapted_shapes(model, method))
+    """Return the adapters' parameters in one layer: rank * (inputs + outputs) per module.
+
+    DoRA adds a length for each output.
+    """
+    lora = method.lora or LoraSpec()
+    shapes = adapted_shapes(model, method)
+    lengths = sum(outputs for _, outputs in shapes) if lora.dora else 0
+    return (rank or lora.rank) * sum(inputs + outputs for inputs, outputs in shapes) + lengths
 
 
 def _idle_adapters(model: ModelFacts, method: MethodSpec, scope: StageScope) -> dict[int, int]:
@@ -160,7 +221,7 @@ def _idle_adapters(model: ModelFacts, method: MethodSpec, scope: StageScope) -> 
 
 def trainable_parameters(model: ModelFacts, method: MethodSpec, scope: StageScope) -> int:
     """Return how many parameters the stage trains."""
-    if method.type is MethodType.LORA:
+    if uses_adapters(method):
         return scope.count * _adapter_parameters(model, method, scope.rank)
     head = model.head_parameters + model.final_norm_parameters
     return (
@@ -266,7 +327,7 @@ def _working_copy_bytes(model: ModelFacts, method: MethodSpec, scope: StageScope
 
     It lives from its use to its gradient: with checkpointing one layer at a time.
     """
-    if method.type is MethodType.LORA:
+    if uses_adapters(method):
         return 2 * _adapter_parameters(model, method, scope.rank)
     return 2 * model.layer.parameters
 
@@ -287,7 +348,7 @@ def step_flops(facts: Facts, method: MethodSpec, training: TrainingSpec, scope: 
     matrices = 2 * sum(inputs * outputs for inputs, outputs in model.layer.linear_shapes.values())
     attention = 4 * model.num_attention_heads * model.head_dim * row_tokens
     above = model.num_layers - scope.layers.first
-    weight_gradients = scope.count if method.type is MethodType.FULL else 0
+    weight_gradients = 0 if uses_adapters(method) else scope.count
     layers = model.num_layers * (matrices + attention) + above * (matrices + 2 * attention)
     layers += weight_gradients * matrices
     if training.gradient_checkpointing is GradientCheckpointing.ALWAYS:

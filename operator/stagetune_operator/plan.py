@@ -16,15 +16,23 @@ from stagetune_api.artifact import digest_of_json
 from stagetune_api.base import ApiModel
 from stagetune_api.facts import Facts
 from stagetune_api.problems import Problem
-from stagetune_api.spec import MethodType, StagedFineTuneSpec, TrainingSpec
+from stagetune_api.spec import (
+    AdapterScope,
+    LoraSpec,
+    MethodSpec,
+    StagedFineTuneSpec,
+    TrainingSpec,
+)
 from stagetune_api.spec_checks import check_spec
 from stagetune_api.stage import PlannedStage, RowRange, StageEstimate, training_of_stage
 from stagetune_operator.estimate import (
     CLUSTER_GPU,
     Machine,
     StageScope,
+    added_layers,
     estimate_full_fine_tuning,
     estimate_stage,
+    uses_adapters,
 )
 from stagetune_operator.gradient_groups import GradientPlan
 from stagetune_operator.plan_checks import find_memory_problems, find_problems
@@ -41,6 +49,10 @@ class PlanSummary(ApiModel):
     """parameters of the model."""
     num_layers: Count
     """numLayers of the decoder."""
+    added_layers: Count = 0
+    """addedLayers are the blocks that method Expand adds to the decoder."""
+    added_parameters: Count = 0
+    """addedParameters of those blocks."""
     train_rows: Count
     """trainRows of the data."""
     validation_rows: Count
@@ -111,7 +123,7 @@ def make_plan(
         data_digest=facts.data.digest,
         stages=stages,
         gradients=drafts.gradients,
-        summary=_summary(facts, spec.training, stages, full),
+        summary=_summary(facts, spec, stages, full),
     )
 
 
@@ -123,13 +135,12 @@ def _planned_stages(
     ranks: dict[int, int | None] = {}
     stages = []
     for index, draft in enumerate(drafts):
-        # A stage that opens a layer again goes on with the adapter which that layer has.
-        idle = ranks.keys() - draft.opened if spec.method.type is MethodType.LORA else set()
+        idle = _idle_adapters(spec.method, frozenset(ranks), draft.opened)
         scope = StageScope(
             draft.layers,
             draft.embeddings,
             draft.head,
-            adapted_layers=frozenset(idle),
+            adapted_layers=idle,
             top_layers=draft.top_layers,
             rank=draft.rank,
             adapted_ranks={layer: rank for layer in idle if (rank := ranks[layer]) is not None},
@@ -161,6 +172,20 @@ def _planned_stages(
     return stages
 
 
+def _idle_adapters(
+    method: MethodSpec, opened: frozenset[int], layers: frozenset[int]
+) -> frozenset[int]:
+    """Return the layers that hold adapters of earlier stages beside what the stage trains.
+
+    A stage that opens a layer again goes on with the adapter which that layer has, unless every
+    stage has adapters of its own.
+    """
+    if not uses_adapters(method):
+        return frozenset()
+    shared = (method.lora or LoraSpec()).adapters is AdapterScope.SHARED
+    return opened - layers if shared else opened
+
+
 def _steps(draft: Draft, rows: int, training: TrainingSpec) -> tuple[int, int, int]:
     """Return the stage's steps, its warm-up steps and the steps from one validation to the next.
 
@@ -190,14 +215,17 @@ def _digest(spec: StagedFineTuneSpec, facts: Facts, stages: Sequence[PlannedStag
 
 
 def _summary(
-    facts: Facts, training: TrainingSpec, stages: Sequence[PlannedStage], full: StageEstimate
+    facts: Facts, spec: StagedFineTuneSpec, stages: Sequence[PlannedStage], full: StageEstimate
 ) -> PlanSummary:
-    data = facts.data
+    data, training = facts.data, spec.training
+    added = added_layers(facts.model, spec.method)
     total_flops = sum(stage.steps * stage.estimate.step_flops for stage in stages)
     full_flops = math.ceil(data.train_rows / training.batch_size) * full.step_flops
     return PlanSummary(
         parameters=facts.model.parameters,
         num_layers=facts.model.num_layers,
+        added_layers=added,
+        added_parameters=added * facts.model.layer.parameters,
         train_rows=data.train_rows,
         validation_rows=data.validation_rows,
         train_tokens=data.train_tokens,

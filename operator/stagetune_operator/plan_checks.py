@@ -5,10 +5,12 @@ Each function gives all the problems of its kind; `plan` shows them together.
 
 from collections.abc import Iterator, Sequence
 
+from stagetune_api.expansion import block_indices
 from stagetune_api.facts import DataFacts, Facts, ModelFacts
 from stagetune_api.problems import Problem, ProblemReason
 from stagetune_api.spec import (
     DataPartition,
+    ExpandSpec,
     GradientCheckpointing,
     MethodType,
     StagedFineTuneSpec,
@@ -28,6 +30,7 @@ def find_problems(spec: StagedFineTuneSpec, facts: Facts, drafts: Sequence[Draft
         *find_schedule_problems(spec, facts.model, drafts),
         *_head_problems(facts.model, drafts),
         *_target_problems(spec, facts.model),
+        *_block_problems(spec, facts.model, drafts),
         *_data_problems(facts.data),
         *_partition_problems(spec, drafts),
         *_share_problems(spec, drafts, facts.data.train_rows),
@@ -85,6 +88,34 @@ def _target_problems(spec: StagedFineTuneSpec, model: ModelFacts) -> Iterator[Pr
                 f"spec.method.lora.targetModules[{index}]",
                 ProblemReason.NOT_FOUND,
                 f"{target!r} is no linear module of a {model.model_type} layer; use one of {names}",
+            )
+
+
+def _block_problems(
+    spec: StagedFineTuneSpec, model: ModelFacts, drafts: Sequence[Draft]
+) -> Iterator[Problem]:
+    """Yield what leaves a stage of method Expand without a block to train."""
+    if spec.method.type is not MethodType.EXPAND:
+        return
+    size = (spec.method.expand or ExpandSpec()).layers_per_block
+    if size > model.num_layers:
+        yield _problem(
+            "spec.method.expand.layersPerBlock",
+            ProblemReason.INVALID,
+            f"{size} adds no block to {model.num_layers} layers; use at most {model.num_layers}",
+        )
+        return
+    for draft in drafts:
+        if not block_indices(draft.layers, size):
+            place = "layersPerStage" if draft.path == "spec.schedule" else "layers"
+            if spec.schedule is not None and spec.schedule.stage_count is not None:
+                place = "stageCount"
+            yield _problem(
+                f"{draft.path}.{place}",
+                ProblemReason.CONFLICT,
+                f"stage {draft.name} has no block to train: one is added behind every {size} "
+                f"layers, the last of them behind layer {model.num_layers // size * size - 1}; "
+                "open such a layer in every stage, or lower spec.method.expand.layersPerBlock",
             )
 
 
@@ -192,4 +223,6 @@ def _memory_cure(spec: StagedFineTuneSpec, stage: PlannedStage) -> str:
         cures.append(f"open fewer than {stage.num_layers} layers per stage")
     if spec.method.type is MethodType.FULL:
         cures.append("use method.type: LoRA")
+    if spec.method.type is MethodType.LORA:
+        cures.append("use method.type: QLoRA")
     return ", ".join([*cures, "or take a larger device"])

@@ -35,7 +35,8 @@ def state_bytes(
     pass one stands at a time.
     """
     is_8_bit = training.optimizer is OptimizerType.ADAMW_8BIT
-    master = element if is_8_bit and method.type is MethodType.FULL else 4
+    has_adapters = method.type in (MethodType.LORA, MethodType.QLORA)
+    master = element if is_8_bit and not has_adapters else 4
     moments = 8 * trainable
     temporary = 0
     if is_8_bit:

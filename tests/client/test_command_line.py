@@ -286,6 +286,18 @@ def test_plan_as_json_and_yaml_is_the_same_object(capsys: pytest.CaptureFixture[
     assert len(as_json["stages"]) == 7
 
 
+def test_plan_says_how_many_blocks_are_added(
+    write_manifest: WriteManifest, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    method = {"type": "Expand", "expand": {"layersPerBlock": 1}}
+    run_directory = str(tmp_path / "none")
+    assert main(["plan", str(write_manifest()), "--run-dir", run_directory]) == ExitCode.DONE
+    assert "added" not in capsys.readouterr().out
+    manifest = str(write_manifest(method=method))
+    assert main(["plan", manifest, "--run-dir", run_directory]) == ExitCode.DONE
+    assert "in 4 layers and 0 M in 4 blocks that are added" in capsys.readouterr().out
+
+
 def test_plan_says_everything_that_it_has_to_be_told(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", *QWEN]) == ExitCode.INVALID
     errors = capsys.readouterr().err

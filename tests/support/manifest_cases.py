@@ -315,6 +315,39 @@ CASES = {
             "spec.schedule.embeddings",
         ),
     ],
+    "use method.type: Full or remove schedule.head": [
+        Case(
+            {"spec.method.type": "Expand", "spec.schedule.head": "LastStage"},
+            {"spec.method.type": "Expand", "spec.schedule.head": "Never"},
+            "spec.schedule.head",
+        ),
+    ],
+    "use method.type: Full or remove schedule.embeddings": [
+        Case(
+            {"spec.method.type": "Expand", "spec.schedule.embeddings": "FirstStage"},
+            {"spec.method.type": "Expand"},
+            "spec.schedule.embeddings",
+        ),
+    ],
+    "remove head and embeddings of every stage": [
+        Case(
+            in_stages({**LOWER, "embeddings": True}, UPPER, **{"spec.method.type": "Expand"}),
+            in_stages(LOWER, UPPER, **{"spec.method.type": "Expand"}),
+            "spec.stages[0].embeddings",
+        ),
+    ],
+    "adapters PerStage with dora": [
+        Case(
+            {"spec.method": {"type": "LoRA", "lora": {"dora": True, "adapters": "PerStage"}}},
+            {"spec.method": {"type": "LoRA", "lora": {"dora": True}}},
+            "spec.method.lora.adapters",
+        ),
+        Case(
+            {"spec.method": {"type": "QLoRA", "lora": {"dora": True, "adapters": "PerStage"}}},
+            {"spec.method": {"type": "QLoRA", "lora": {"adapters": "PerStage"}}},
+            "spec.method.lora.adapters",
+        ),
+    ],
     "leave head and embeddings of every stage out": [
         Case(
             in_stages(LOWER, {**UPPER, "head": True}, **{"spec.method.type": "LoRA"}),

@@ -15,7 +15,14 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from stagetune_api.facts import DataFacts, Facts, ModelFacts
-from stagetune_api.spec import LayerRange, LoraSpec, MethodSpec, MethodType, TrainingSpec
+from stagetune_api.spec import (
+    ExpandSpec,
+    LayerRange,
+    LoraSpec,
+    MethodSpec,
+    MethodType,
+    TrainingSpec,
+)
 from stagetune_api.stage import StageEstimate
 from stagetune_operator.estimate import (
     DEVICE_CONTEXT_BYTES,
@@ -566,3 +573,51 @@ def test_checkpoints_with_8_bit_moments_are_smaller() -> None:
     count = usual.trainable_parameters
     assert usual.disk_bytes == count * (2 * 16 + 2)
     assert small.disk_bytes == pytest.approx(count * (2 * (6 + 1 / 32) + 2), rel=1e-6)
+
+
+# QLoRA, DoRA and Expand.
+
+
+def _matrices(model: ModelFacts) -> int:
+    return sum(inputs * outputs for inputs, outputs in model.layer.linear_shapes.values())
+
+
+def test_4_bit_weights_take_4_127_bits_and_the_rest_its_own() -> None:
+    method = MethodSpec(type=MethodType.QLORA, lora=LoraSpec(rank=16))
+    facts = _facts(QWEN)
+    small = _estimate(facts, _scope(8, 12), method)
+    plain = _estimate(facts, _scope(8, 12), _lora())
+
+    in_nf4 = 28 * _matrices(QWEN)
+    expected = in_nf4 * 4.126953125 / 8 + (QWEN.parameters - in_nf4) * 2
+    assert small.weights_bytes == pytest.approx(expected, abs=1)
+    # One matrix stands dequantised beside the activations of LoRA.
+    assert small.activation_bytes - plain.activation_bytes == 2 * 18944 * 3584
+    assert small.step_flops == plain.step_flops
+    assert small.disk_bytes == plain.disk_bytes
+    assert small.memory_bytes < plain.memory_bytes / 2
+
+
+def test_dora_trains_a_length_for_each_output_more() -> None:
+    facts, scope = _facts(QWEN), _scope(8, 12)
+    method = MethodSpec(type=MethodType.LORA, lora=LoraSpec(rank=16, dora=True))
+    outputs = sum(outputs for _, outputs in QWEN.layer.linear_shapes.values())
+
+    found = _estimate(facts, scope, method).trainable_parameters
+    assert found == _estimate(facts, scope, _lora()).trainable_parameters + 4 * outputs
+
+
+@pytest.mark.parametrize("checkpointing", ["Always", "Never"])
+def test_added_blocks_cost_what_as_many_layers_of_a_deeper_model_do(checkpointing: str) -> None:
+    method = MethodSpec(type=MethodType.EXPAND, expand=ExpandSpec(layers_per_block=4))
+    facts, training = _facts(QWEN), _training(checkpointing)
+    deeper = _facts(QWEN.model_copy(update={"num_layers": 28 + 7}))
+
+    # Behind layer 27 of the base stands layer 34 of 35.
+    found = _estimate(facts, _scope(24, 28), method, training)
+    expected = _estimate(deeper, _scope(34, 35), FULL, training)
+    same = {"relative_step_flops"}
+    assert found.model_dump(exclude=same) == expected.model_dump(exclude=same)
+    # Full fine-tuning, the yardstick, is that of the base.
+    full = estimate_full_fine_tuning(facts, training)
+    assert found.relative_step_flops == pytest.approx(found.step_flops / full.step_flops, abs=1e-6)

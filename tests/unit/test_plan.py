@@ -15,6 +15,8 @@ from stagetune_api.problems import Problem, ProblemReason
 from stagetune_api.spec import StagedFineTuneSpec
 from stagetune_operator.estimate import Machine
 from stagetune_operator.plan import Plan, make_plan
+from stagetune_operator.plan_checks import find_problems
+from stagetune_operator.schedule import draft_stages
 
 GIB = 2**30
 
@@ -449,9 +451,9 @@ def test_the_digest_is_blind_to_estimates() -> None:
 
 
 def test_a_spec_that_validation_refuses_is_not_planned() -> None:
-    problems = _problems(_spec(method={"type": "QLoRA"}))
+    problems = _problems(_spec(method={"lora": {"rank": 8}}))
 
-    assert [problem.path for problem in problems] == ["spec.method.type"]
+    assert [problem.path for problem in problems] == ["spec.method.lora"]
 
 
 def test_a_tied_head_is_refused_with_the_reason_and_the_cure() -> None:
@@ -608,3 +610,108 @@ def test_every_problem_is_shown_at_once() -> None:
         "spec.method.lora.targetModules[0]",
         "spec.dataset.validation",
     ]
+
+
+# What methods ask of a plan.
+
+
+def _expand(size: int) -> dict[str, Any]:
+    return {"type": "Expand", "expand": {"layersPerBlock": size}}
+
+
+def test_expanded_model_is_summed_up_and_each_stage_trains_its_blocks() -> None:
+    plan = _plan(_spec(method=_expand(2), schedule={"layersPerStage": 4}))
+
+    layer = _model().layer.parameters
+    assert plan.summary.added_layers == 6
+    assert plan.summary.added_parameters == 6 * layer
+    assert plan.summary.num_layers == 12
+    assert [stage.estimate.trainable_parameters for stage in plan.stages] == [2 * layer] * 3
+    # Layers are counted as in the base.
+    assert _layers(plan) == [(0, 3), (4, 7), (8, 11)]
+
+
+def test_other_methods_add_nothing() -> None:
+    summary = _plan(_spec()).summary
+
+    assert (summary.added_layers, summary.added_parameters) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("size", "stages", "path"),
+    [
+        (4, {"schedule": {"layersPerStage": 2}}, "spec.schedule.layersPerStage"),
+        (5, {"schedule": {"stageCount": 4}}, "spec.schedule.stageCount"),
+        (4, {"schedule": {"layersPerStage": 5}}, None),
+        (
+            3,
+            {
+                "stages": [
+                    {"name": "a", "layers": {"first": 0, "last": 2}},
+                    {"name": "b", "layers": {"first": 3, "last": 4}},
+                ]
+            },
+            "spec.stages[1].layers",
+        ),
+    ],
+)
+def test_stage_without_a_block_is_refused_with_the_layers_that_have_one(
+    size: int, stages: dict[str, Any], path: str | None
+) -> None:
+    spec = _spec(method=_expand(size), **stages)
+    if path is None:
+        assert len(_plan(spec).stages) == 3
+        return
+    problems = _problems(spec)
+
+    assert {problem.path for problem in problems} == {path}
+    assert f"one is added behind every {size} layers" in problems[0].message
+
+
+def test_blocks_behind_more_layers_than_there_are_are_refused() -> None:
+    problems = _problems(_spec(method=_expand(13)))
+
+    assert [problem.path for problem in problems] == ["spec.method.expand.layersPerBlock"]
+    assert "use at most 12" in problems[0].message
+
+
+def test_adapters_of_a_4_bit_base_cost_a_quarter_of_its_bytes() -> None:
+    lora, qlora = (_plan(_spec(method={"type": kind})) for kind in ("LoRA", "QLoRA"))
+
+    for plain, small in zip(lora.stages, qlora.stages, strict=True):
+        assert small.estimate.trainable_parameters == plain.estimate.trainable_parameters
+        assert small.estimate.step_flops == plain.estimate.step_flops
+        assert small.estimate.weights_bytes < plain.estimate.weights_bytes
+
+
+def test_adapters_of_every_stage_stay_where_a_layer_is_opened_again() -> None:
+    both = [{"name": name, "layers": {"first": 0, "last": 3}} for name in ("once", "again")]
+    weights = {}
+    for scope in ("Shared", "PerStage"):
+        method = {"type": "LoRA", "lora": {"rank": 4, "adapters": scope}}
+        plan = _plan(_spec(stages=both, method=method))
+        weights[scope] = [stage.estimate.weights_bytes for stage in plan.stages]
+
+    assert weights["Shared"][0] == weights["Shared"][1] == weights["PerStage"][0]
+    trained = plan.stages[0].estimate.trainable_parameters
+    assert weights["PerStage"][1] == weights["PerStage"][0] + 4 * trained
+
+
+def test_shared_adapter_cannot_get_another_rank() -> None:
+    stages = [
+        {"name": "first", "layers": {"first": 0, "last": 3}, "rank": 4},
+        {"name": "second", "layers": {"first": 3, "last": 5}, "rank": 8},
+        {"name": "third", "layers": {"first": 6, "last": 7}, "rank": 2},
+        {"name": "fourth", "layers": {"first": 4, "last": 7}},
+    ]
+    found = {}
+    for scope in ("Shared", "PerStage"):
+        method = {"type": "LoRA", "lora": {"rank": 2, "adapters": scope}}
+        spec = _spec(stages=stages, method=method)
+        found[scope] = find_problems(spec, _facts(), draft_stages(spec, 12))
+
+    paths = [problem.path for problem in found["Shared"]]
+    assert paths == ["spec.stages[1].rank", "spec.stages[3].rank"]
+    assert "8 is not the rank 4" in found["Shared"][0].message
+    assert "2 is not the rank 8" in found["Shared"][1].message
+    assert found["PerStage"] == []

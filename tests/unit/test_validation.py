@@ -185,8 +185,6 @@ def test_message_shows_the_value_and_what_is_expected(
 @pytest.mark.parametrize(
     ("path", "value"),
     [
-        ("spec.method.type", "QLoRA"),
-        ("spec.method.type", "Expand"),
         ("spec.training.prefixCache", "Auto"),
         ("spec.protection", {"distillation": {"weight": 0.1}}),
         ("spec.runtime", {"engine": "DeepSpeed"}),

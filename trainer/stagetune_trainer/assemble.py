@@ -22,7 +22,7 @@ from stagetune_trainer.averaging import (
 )
 from stagetune_trainer.decoder import Decoder
 from stagetune_trainer.methods import make_method
-from stagetune_trainer.methods.lora import detach_adapters, merge_adapters, merged_weight
+from stagetune_trainer.methods.adapters import detach_adapters, merge_adapters, merged_weight
 from stagetune_trainer.model import Numerics, StageOutput, apply_chain, load_base, load_chain
 
 
@@ -66,7 +66,10 @@ def assemble(config: StageConfig, device: torch.device) -> Decoder:
         raise ValueError("the task needs the base model's digest")
     outputs = load_chain(config.chain, config.model_digest)
     decoder = load_base_for_export(config, device)
-    apply_chain(decoder, outputs, make_method(config.method))
+    method = make_method(config.method)
+    # Reshaped but never compressed: what is exported stands on the base's own weights.
+    method.reshape(decoder)
+    apply_chain(decoder, outputs, method)
     merge_adapters(decoder)
     decoder.model.train(False)
     return decoder

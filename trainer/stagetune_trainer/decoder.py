@@ -3,7 +3,7 @@
 Comes after `model` has loaded the weights and before `methods` open some of them.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from stagetune_api.spec import LayerRange
+from stagetune_api.stage import PlannedStage
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,9 +58,9 @@ class Decoder:
         for index in range(layers.first, layers.last + 1):
             yield f"{self.layers_path}.{index}", self.layers[index]
 
-    def groups(self, ranges: Iterable[LayerRange]) -> Iterator[tuple[str, nn.Module]]:
-        """Yield the layers of several ranges as `group` does, one range after another."""
-        for layers in ranges:
+    def opened(self, stage: PlannedStage) -> Iterator[tuple[str, nn.Module]]:
+        """Yield all layers that `stage` opens, those at the top too, each once, bottom up."""
+        for layers in stage.layer_ranges:
             yield from self.group(layers)
 
 

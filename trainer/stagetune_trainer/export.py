@@ -2,22 +2,20 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer
 
 from stagetune_api import names
 from stagetune_api.artifact import ArtifactContent, ArtifactKind, verify_artifact
 from stagetune_api.report import CheckpointRef, Outcome, StageReport
-from stagetune_api.spec import ExportFormat, RetainPolicy
+from stagetune_api.spec import ExportFormat, LoraSpec, RetainPolicy
 from stagetune_api.stage import StageConfig, Task
 from stagetune_trainer.assemble import assemble
 from stagetune_trainer.averaging import needs_averaging, scale_adapters
 from stagetune_trainer.checkpoint import Fence, provenance_of, publish_directory, remove_drafts
-from stagetune_trainer.methods.lora import LoraMethod, adapter_ranks
+from stagetune_trainer.methods.adapter_file import join_adapters
 from stagetune_trainer.metrics import ProgressLog, peak_memory_bytes
 from stagetune_trainer.model import load_chain
 from stagetune_trainer.model_card import write_model_card
@@ -85,11 +83,10 @@ def _write_adapter(config: StageConfig, draft: Path) -> None:
     """Write the adapters of all stages as one PEFT adapter."""
     if config.model_digest is None:
         raise ValueError("an Export task needs the base model's digest")
-    tensors: dict[str, Tensor] = {}
     verify_artifact(Path(str(config.model_directory)), digest=config.model_digest)
-    # Later stages come later in the chain: where layers overlap, theirs are the trained ones.
-    for output in load_chain(config.chain, config.model_digest):
-        tensors.update(output.tensors)
+    outputs = [output.tensors for output in load_chain(config.chain, config.model_digest)]
+    adapter = join_adapters(outputs, config.method.lora or LoraSpec())
+    tensors = adapter.tensors
     if needs_averaging(config):
         base = AutoConfig.from_pretrained(str(config.model_directory), trust_remote_code=False)
         num_layers = base.get_text_config().num_hidden_layers
@@ -99,11 +96,10 @@ def _write_adapter(config: StageConfig, draft: Path) -> None:
         draft / names.ADAPTER_WEIGHTS_FILE,
         metadata={"format": "pt"},
     )
-    adapter: Any = LoraMethod(config.method.lora).config_of_ranks(adapter_ranks(tensors))
-    adapter.base_model_name_or_path = _base_name(config)
-    adapter.revision = config.model.revision
-    adapter.inference_mode = True
-    adapter.save_pretrained(draft)
+    adapter.config.base_model_name_or_path = _base_name(config)
+    adapter.config.revision = config.model.revision
+    adapter.config.inference_mode = True
+    adapter.config.save_pretrained(draft)
     # PEFT writes a set in the order of the process's hashes; equal adapters shall be equal files.
     path = draft / "adapter_config.json"
     fields = json.loads(path.read_text(encoding="utf-8"))

@@ -48,16 +48,23 @@ def choose_numerics(precision: Precision) -> Numerics:
     return Numerics(device=device, dtype=dtype)
 
 
-def load_base(directory: Path, digest: str, numerics: Numerics) -> Decoder:
+def load_base(
+    directory: Path, digest: str, numerics: Numerics, method: Method | None = None
+) -> Decoder:
     """Return the prepared base model, all of it frozen, after checking every byte of it.
 
-    Raises ArtifactError where the folder is damaged or is not the model with `digest`.
+    With a `method` it has the structure and the form that stages are trained in by it. Raises
+    ArtifactError where the folder is damaged or is not the model with `digest`.
     """
     verify_artifact(directory, digest=digest, kind=ArtifactKind.BASE_MODEL)
     model: Any = AutoModelForCausalLM.from_pretrained(
         directory, dtype=numerics.dtype, use_safetensors=True, trust_remote_code=False
     )
     model.requires_grad_(False)
+    if method is not None:
+        decoder = find_decoder(model)
+        method.reshape(decoder)
+        method.compress(decoder, numerics.device)
     model.to(numerics.device)
     return find_decoder(model)
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from stagetune_api import names
 from stagetune_api.report import EvaluationResult, StageReport
-from stagetune_api.spec import ExportFormat
+from stagetune_api.spec import ExpandSpec, ExportFormat, MethodType
 from stagetune_api.stage import PlannedStage, StageConfig
 from stagetune_trainer.averaging import alpha_of
 
@@ -19,7 +19,7 @@ def write_model_card(config: StageConfig, directory: Path) -> None:
         _header(config),
         f"# {config.run_name}\n",
         f"Tuned in {len(config.stages)} stages from `{config.model.source}` with Stagetune.\n",
-        _settings(config),
+        _settings(config, directory),
         _stage_table(config.stages, reports),
     ]
     if evaluation is not None and evaluation.evaluation is not None:
@@ -43,10 +43,11 @@ def _header(config: StageConfig) -> str:
     return "\n".join(lines)
 
 
-def _settings(config: StageConfig) -> str:
+def _settings(config: StageConfig, directory: Path) -> str:
     training = config.training
     rows = [
         ("Method", config.method.type.value),
+        *_depth(config, directory),
         ("Base model", config.model.source),
         ("Base revision", config.model.revision or "–"),
         ("Base digest", f"`{config.model_digest}`"),
@@ -74,6 +75,19 @@ def _kept_change(config: StageConfig) -> list[tuple[str, str]]:
         text = f"{scaling.bottom:g} of the bottommost layer's change, rising to 1 at the top"
         rows.append(("Depth scaling", text))
     return rows
+
+
+def _depth(config: StageConfig, directory: Path) -> list[tuple[str, str]]:
+    """Return the row with the depth of an expanded model; none for other methods."""
+    if config.method.type is not MethodType.EXPAND:
+        return []
+    size = (config.method.expand or ExpandSpec()).layers_per_block
+    path = directory / "config.json"
+    depth: int = json.loads(path.read_text(encoding="utf-8"))["num_hidden_layers"]
+    # Every block follows `size` layers of the base.
+    added = depth // (size + 1)
+    text = f"{depth}, of which {added} were added; the table below counts those of the base"
+    return [("Decoder layers", text)]
 
 
 def _stage_table(stages: list[PlannedStage], reports: list[StageReport | None]) -> str:

@@ -13,7 +13,7 @@ from stagetune_trainer.decoder import Decoder, checkpoint_activations, freeze_pr
 from stagetune_trainer.loop import StageLoop, StopRequest, train
 from stagetune_trainer.loss import AnswerLoss
 from stagetune_trainer.methods import Method, make_method
-from stagetune_trainer.methods.lora import keep_earlier_adapters_still
+from stagetune_trainer.methods.adapters import keep_earlier_adapters_still
 from stagetune_trainer.metrics import ProgressLog, peak_memory_bytes
 from stagetune_trainer.model import Numerics, apply_chain, choose_numerics, load_base, load_chain
 from stagetune_trainer.optimizers import choose_master_dtype, make_optimizer
@@ -80,7 +80,7 @@ def _load(config: StageConfig, method: Method, numerics: Numerics) -> Decoder:
         raise ValueError("a Train task needs a base model")
     # The chain is checked first: it is small, and what is wrong with a run is mostly there.
     outputs = load_chain(config.chain, config.model_digest)
-    decoder = load_base(Path(config.model_directory), config.model_digest, numerics)
+    decoder = load_base(Path(config.model_directory), config.model_digest, numerics, method)
     apply_chain(decoder, outputs, method)
     return decoder
 
@@ -91,7 +91,7 @@ def _open_stage(
     """Open the stage's parameters and cut the prefix off; the optimizer is built last."""
     torch.manual_seed(config.training.seed * 1000003 + stage.index)
     parameters = method.open(decoder, stage)
-    first = stage.layers.first
+    first = method.lowest_layer(decoder, stage)
     decoder.model.train()
     if config.training.gradient_checkpointing is GradientCheckpointing.ALWAYS:
         checkpoint_activations(decoder, first)

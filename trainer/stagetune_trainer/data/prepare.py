@@ -38,6 +38,7 @@ from stagetune_trainer.data.template import ChatTemplate
 from stagetune_trainer.data.tokenise import DataFiles, DataInputs, DataWriter
 from stagetune_trainer.errors import UserError
 from stagetune_trainer.measure import measure_model
+from stagetune_trainer.methods import check_model, check_packages
 from stagetune_trainer.metrics import ProgressLog, peak_memory_bytes
 from stagetune_trainer.sources import Source, SourceKind, resolve_source
 
@@ -84,8 +85,10 @@ def prepare(
     `say` is told what is going on; `before_publish` may raise to forbid the run's outputs. Raises
     UserError with the manifest's paths; the data report is written then too.
     """
+    check_packages(config.method)
     say(f"fetching {config.model.source}")
     base = _prepare_model(config)
+    check_model(config.method, base.directory)
     say(f"{'found' if base.was_reused else 'wrote'} the base model in {base.directory}")
     tokenizer = load_tokenizer(base.directory)
     say(f"fetching {config.dataset.source}")

@@ -5,6 +5,7 @@ what an earlier stage handed on back into its place. The loop knows nothing else
 """
 
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -17,6 +18,21 @@ from stagetune_trainer.decoder import Decoder
 
 class Method(Protocol):
     """A way of training a stage."""
+
+    def reshape(self, decoder: Decoder) -> None:
+        """Give a base model the structure that stages are put onto, in training and at export."""
+        return
+
+    def compress(self, decoder: Decoder, device: torch.device) -> None:
+        """Hold frozen weights smaller on `device`; only for training, outputs fit either form.
+
+        Called with the base in host memory, before the rest of it moves to `device`.
+        """
+        return
+
+    def lowest_layer(self, decoder: Decoder, stage: PlannedStage) -> int:
+        """Return the index in `decoder.layers` below which nothing of the stage trains."""
+        return stage.layers.first
 
     def open(self, decoder: Decoder, stage: PlannedStage) -> dict[str, nn.Parameter]:
         """Make the stage's parameters trainable and return them by a stable name."""
@@ -33,13 +49,37 @@ def make_method(spec: MethodSpec, master_dtype: torch.dtype = torch.float32) -> 
 
     Adapters are fp32 always: they are small.
     """
-    # Imported here: each method may need packages that the other does not.
-    if spec.type is MethodType.FULL:
-        from stagetune_trainer.methods.full import FullMethod
+    # Imported here: each method may need packages that the others do not.
+    match spec.type:
+        case MethodType.FULL:
+            from stagetune_trainer.methods.full import FullMethod
 
-        return FullMethod(master_dtype)
-    if spec.type is MethodType.LORA:
-        from stagetune_trainer.methods.lora import LoraMethod
+            return FullMethod(master_dtype)
+        case MethodType.LORA:
+            from stagetune_trainer.methods.lora import LoraMethod
 
-        return LoraMethod(spec.lora)
-    raise ValueError(f"method {spec.type} is not supported by this trainer")
+            return LoraMethod(spec.lora)
+        case MethodType.QLORA:
+            from stagetune_trainer.methods.qlora import QloraMethod
+
+            return QloraMethod(spec.lora)
+        case MethodType.EXPAND:
+            from stagetune_trainer.methods.expand import ExpandMethod
+
+            return ExpandMethod(spec.expand, master_dtype)
+
+
+def check_packages(spec: MethodSpec) -> None:
+    """Raise UserError where this machine lacks a package that the method needs."""
+    if spec.type is MethodType.QLORA:
+        from stagetune_trainer.methods.nf4 import check_nf4
+
+        check_nf4()
+
+
+def check_model(spec: MethodSpec, directory: Path) -> None:
+    """Raise UserError where the method cannot train the model in `directory`."""
+    if spec.type is MethodType.EXPAND:
+        from stagetune_trainer.methods.expand import check_expandable
+
+        check_expandable(directory, spec.expand)

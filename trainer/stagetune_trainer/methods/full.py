@@ -8,9 +8,10 @@ from torch import Tensor, nn
 from stagetune_api.spec import LayerRange
 from stagetune_api.stage import PlannedStage
 from stagetune_trainer.decoder import Decoder
+from stagetune_trainer.methods import Method
 
 
-class FullMethod:
+class FullMethod(Method):
     """Opens whole layers, and the embeddings or the final norm and head where the stage says so."""
 
     def __init__(self, master_dtype: torch.dtype = torch.float32) -> None:
@@ -24,11 +25,7 @@ class FullMethod:
         in bf16 a small update rounds away.
         """
         self._handed_on_dtype = decoder.model.dtype
-        modules = [module for _, module in decoder.groups(stage.layer_ranges)]
-        if stage.embeddings:
-            modules.append(decoder.embeddings)
-        if stage.head:
-            modules += [*decoder.final_norms, decoder.head]
+        modules = self.modules(decoder, stage)
         wanted = {id(parameter) for module in modules for parameter in module.parameters()}
         opened = {}
         for name, parameter in decoder.model.named_parameters():
@@ -37,6 +34,15 @@ class FullMethod:
                 parameter.requires_grad_(True)
                 opened[name] = parameter
         return opened
+
+    def modules(self, decoder: Decoder, stage: PlannedStage) -> list[nn.Module]:
+        """Return the modules that the stage opens."""
+        modules = [module for _, module in decoder.opened(stage)]
+        if stage.embeddings:
+            modules.append(decoder.embeddings)
+        if stage.head:
+            modules += [*decoder.final_norms, decoder.head]
+        return modules
 
     def output(self, decoder: Decoder, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the trained tensors in the number format that the frozen model computes in."""
