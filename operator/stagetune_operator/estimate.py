@@ -233,8 +233,8 @@ def trainable_parameters(model: ModelFacts, method: MethodSpec, scope: StageScop
 
 def _largest_tensor(model: ModelFacts, method: MethodSpec, scope: StageScope) -> int:
     """Return the parameters of the largest tensor that trains."""
-    if method.type is MethodType.LORA:
-        rank = (method.lora or LoraSpec()).rank
+    if uses_adapters(method):
+        rank = scope.rank or (method.lora or LoraSpec()).rank
         return rank * max((max(shape) for shape in adapted_shapes(model, method)), default=0)
     matrices = [inputs * outputs for inputs, outputs in model.layer.linear_shapes.values()]
     embeddings = model.embedding_parameters if scope.embeddings else 0

@@ -107,14 +107,14 @@ def _rank_problems(spec: StagedFineTuneSpec, drafts: Sequence[Draft]) -> Iterato
     first_with: dict[int, Draft] = {}
     for draft in drafts:
         rank = draft.rank or lora.rank
-        for layer in sorted(draft.opened):
-            earlier = first_with.setdefault(layer, draft)
-            if (earlier.rank or lora.rank) != rank:
-                yield Problem(
-                    path=f"{draft.path}.rank",
-                    reason=ProblemReason.CONFLICT,
-                    message=f"{rank} is not possible: the stage goes on with the adapter of layer "
-                    f"{layer}, which {earlier.name} made with rank {earlier.rank or lora.rank}; "
-                    "give both the same rank, or set spec.method.lora.adapters: PerStage",
-                )
-                break
+        made = {layer: first_with.setdefault(layer, draft) for layer in sorted(draft.opened)}
+        others = [(layer, by) for layer, by in made.items() if (by.rank or lora.rank) != rank]
+        if others:
+            layer, earlier = others[0]
+            yield Problem(
+                path=f"{draft.path}.rank",
+                reason=ProblemReason.CONFLICT,
+                message=f"{rank} is not possible: the stage goes on with the adapter of layer "
+                f"{layer}, which {earlier.name} made with rank {earlier.rank or lora.rank}; "
+                "give both the same rank, or set spec.method.lora.adapters: PerStage",
+            )

@@ -1,7 +1,6 @@
 """Every method that is not the quick start's, in whole runs: on a tiny model and on a real one."""
 
 import json
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -9,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from ruamel.yaml import YAML
 
 TIMEOUT_SECONDS = 900
 METHODS: dict[str, dict[str, Any]] = {
@@ -16,7 +16,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "Expand": {"type": "Expand", "expand": {"layersPerBlock": 2}},
     "DoRA": {"type": "LoRA", "lora": {"rank": 8, "dora": True}},
 }
-RATES = {"QLoRA": 1e-3, "Expand": 2e-4, "DoRA": 1e-3}
+RATES = {"QLoRA": 1e-3, "Expand": 1e-3, "DoRA": 1e-3}
 
 
 def command(*arguments: str) -> str:
@@ -31,13 +31,22 @@ def command(*arguments: str) -> str:
     return result.stdout
 
 
+def manifest_method(manifest: Path) -> str:
+    document = YAML(typ="safe", pure=True).load(manifest)
+    kind: str = document["spec"]["method"]["type"]
+    return kind
+
+
 def report_of(manifest: Path, run_directory: Path) -> dict[str, Any]:
     command("-m", "stagetune", "run", str(manifest), "--run-dir", str(run_directory))
     report: dict[str, Any] = json.loads((run_directory / "report.json").read_text())
     assert {stage["state"] for stage in report["stages"]} == {"Succeeded"}
-    # What was judged while training is what is exported, but for what 4 bits lose.
-    last = report["stages"][-1]["validationLoss"]
-    assert report["after"]["validationLoss"] == pytest.approx(last, rel=5e-2)
+    last, after = report["stages"][-1]["validationLoss"], report["after"]["validationLoss"]
+    if manifest_method(manifest) == "QLoRA":
+        # Judged while training on 4-bit weights, and exported on the base's own.
+        assert after < last * 1.01
+    else:
+        assert after == pytest.approx(last, rel=1e-3)
     assert report["after"]["validationLoss"] < report["before"]["validationLoss"]
     assert report["after"]["klToBase"] > 0
     return report
@@ -85,7 +94,7 @@ def test_real_model_learns_by_every_method(
             },
             "maxLength": 128,
         },
-        method={**METHODS[name], **({"expand": {"layersPerBlock": 4}} if name == "Expand" else {})},
+        method=METHODS[name],
         schedule=None,
         stages=[{"name": "top", "layers": {"first": 24, "last": 29}}],
         training={
@@ -97,10 +106,10 @@ def test_real_model_learns_by_every_method(
         evaluation={"exactMatch": None, "generalText": None, "samples": 1},
     )
     report = report_of(manifest, tmp_path / "run")
-    assert report["after"]["validationLoss"] < 0.9 * report["before"]["validationLoss"]
+    assert report["after"]["validationLoss"] < 0.95 * report["before"]["validationLoss"]
     tokenizer = AutoTokenizer.from_pretrained(report["export"])
     exported = AutoModelForCausalLM.from_pretrained(report["export"])
-    assert len(exported.model.layers) == (37 if name == "Expand" else 30)
+    assert len(exported.model.layers) == (45 if name == "Expand" else 30)
     question = [{"role": "user", "content": report["samples"][0]["question"]}]
     inputs = tokenizer.apply_chat_template(
         question, add_generation_prompt=True, return_tensors="pt", return_dict=True
@@ -108,4 +117,3 @@ def test_real_model_learns_by_every_method(
     answer = exported.generate(**inputs, max_new_tokens=64, do_sample=False)
     text = tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     assert text.strip() == report["samples"][0]["after"]
-    shutil.rmtree(tmp_path / "run")

@@ -712,6 +712,6 @@ def test_shared_adapter_cannot_get_another_rank() -> None:
 
     paths = [problem.path for problem in found["Shared"]]
     assert paths == ["spec.stages[1].rank", "spec.stages[3].rank"]
-    assert "8 is not the rank 4" in found["Shared"][0].message
-    assert "2 is not the rank 8" in found["Shared"][1].message
+    assert "layer 3, which first made with rank 4" in found["Shared"][0].message
+    assert "layer 4, which second made with rank 8" in found["Shared"][1].message
     assert found["PerStage"] == []
