@@ -47,6 +47,8 @@ class LoopState:
     """Validations in a row that were no gain."""
     stopped_early: bool = False
     """Whether patience ran out."""
+    initial_general_loss: float | None = None
+    """Loss of the base model on general text; only where the first stage has measured it."""
 
 
 @dataclass(kw_only=True)
