@@ -26,6 +26,7 @@ from stagetune_operator.estimate import (
     estimate_stage,
 )
 from stagetune_operator.plan_checks import MAX_STAGES, find_memory_problems, find_problems
+from stagetune_operator.protection_estimate import ProtectedStage, add_protection
 from stagetune_operator.schedule import Draft, deal_rows, draft_stages, learning_rates
 
 Count = Annotated[int, Field(ge=0)]
@@ -133,7 +134,19 @@ def _planned_stages(
                 steps=steps,
                 warmup_steps=warmup_steps,
                 validation_interval=interval,
-                estimate=estimate_stage(facts, spec.method, spec.training, scope, machine),
+                estimate=add_protection(
+                    estimate_stage(facts, spec.method, spec.training, scope, machine),
+                    spec.protection,
+                    facts,
+                    ProtectedStage(
+                        method=spec.method,
+                        training=spec.training,
+                        scope=scope,
+                        rows=end - start,
+                        is_first=index == 0,
+                    ),
+                    machine,
+                ),
             )
         )
         opened |= layers
@@ -159,6 +172,7 @@ def _digest(spec: StagedFineTuneSpec, facts: Facts, stages: Sequence[PlannedStag
         "model": spec.model.model_dump(mode="json", exclude={"secret_name"}),
         "dataset": spec.dataset.model_dump(mode="json", exclude={"secret_name"}),
         "method": spec.method.model_dump(mode="json"),
+        **({"protection": spec.protection.model_dump(mode="json")} if spec.protection else {}),
         # How often to save changes no bit of the result.
         "training": spec.training.model_dump(mode="json", exclude={"checkpoint_interval_seconds"}),
         "modelDigest": facts.model.digest,

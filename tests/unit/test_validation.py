@@ -190,7 +190,7 @@ def test_message_shows_the_value_and_what_is_expected(
         ("spec.schedule.order", "GradientNorm"),
         ("spec.training.optimizer", "AdamW8bit"),
         ("spec.training.prefixCache", "Auto"),
-        ("spec.protection", {"distillation": {"weight": 0.1}}),
+        ("spec.protection", {"averaging": {"alpha": 0.5}}),
         ("spec.runtime", {"engine": "DeepSpeed"}),
         ("spec.serve", {"replicas": 1}),
         ("spec.model.source", "s3://bucket/model"),
