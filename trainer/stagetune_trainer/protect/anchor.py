@@ -34,7 +34,7 @@ class BorderTap:
     def __init__(self, layer: nn.Module) -> None:
         self._armed = False
         self._taken: Tensor | None = None
-        layer.register_forward_hook(self._take)
+        self._hook = layer.register_forward_hook(self._take)
 
     def arm(self) -> None:
         """Take what leaves the layer in the next forward pass."""
@@ -46,6 +46,10 @@ class BorderTap:
         if hidden is None:
             raise ValueError("the layer at the border has not run")
         return hidden
+
+    def close(self) -> None:
+        """Let go of the layer."""
+        self._hook.remove()
 
     def _take(self, module: nn.Module, inputs: Any, output: Any) -> None:
         if self._armed:
@@ -121,6 +125,7 @@ def store_hidden_states(
             for place, (row, length) in enumerate(zip(part, batch.lengths, strict=True)):
                 writer.write("hidden", int(offsets[row]), hidden[place, :length])
         writer.close()
+        tap.close()
 
     settings = {"layer": layer, "rows": sorted(indices)}
     directory = folder.obtain(
