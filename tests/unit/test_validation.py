@@ -219,6 +219,7 @@ ON_A_CLUSTER = {
         "validation": {"source": "pvc://rows/held-out.jsonl"},
     },
     "spec.evaluation.generalText": {"source": "pvc://rows/text.txt"},
+    "spec.protection.replay": {"ratio": 0.1, "source": "pvc://rows/other.txt"},
     "spec.runtime": {
         "resources": {
             "limits": {"nvidia.com/gpu": 1, "memory": "64Gi"},
@@ -241,12 +242,14 @@ FILES = {
     "spec.dataset.source": "file://rows.jsonl",
     "spec.dataset.validation": {"source": "file://held-out.jsonl"},
     "spec.evaluation.generalText": {"source": "file://text.txt"},
+    "spec.protection.replay": {"ratio": 0.1, "source": "file://other.txt"},
 }
 SOURCE_PATHS = [
     "spec.model.source",
     "spec.dataset.source",
     "spec.dataset.validation.source",
     "spec.evaluation.generalText.source",
+    "spec.protection.replay.source",
 ]
 
 
