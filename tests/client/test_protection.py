@@ -89,7 +89,7 @@ def test_protection_keeps_the_real_model_nearer_to_itself(
         "evaluation": {
             "generalText": {
                 "source": f"file://{root}/examples/quickstart/general_text.jsonl",
-                "maxTokens": 800,
+                "maxTokens": 1500,
             },
             "samples": 0,
         },
