@@ -321,6 +321,19 @@ def test_meters_agree_with_the_evaluation(
     assert second.termination_message().count("klToBase") == 1
 
 
+def test_run_without_general_text_has_the_distance_to_the_base_alone(
+    make_later_config: MakeConfig, make_stage: Callable[..., dict[str, Any]], tmp_path: Path
+) -> None:
+    report = succeeded(run_task(make_later_config("Train", stage=make_stage(0, 0, 1)), Never()))
+    assert report.train is not None
+    assert report.train.initial_general_loss is None
+    assert report.train.general_loss is None
+    assert kl_of(report) > 0
+    (meters,) = [line for line in lines(tmp_path) if line["kind"] == "Meters"]
+    assert "generalLoss" not in meters
+    assert meters["klToBase"] == kl_of(report)
+
+
 def test_stage_that_is_done_and_asked_to_leave_skips_its_meters(run: RunTask) -> None:
     # 8 steps of 2 micro-batches, 3 validations of 4 and the base's general text come before.
     report = succeeded(run(0, {}, stop=AfterChecks(8 * 2 + 3 * 4 + 3)))
