@@ -73,6 +73,8 @@ class PlainDisplay:
                     f"{where}: step {progress.step}/{progress.total_steps} "
                     f"validation loss {progress.validation_loss:.4f}"
                 )
+            case ProgressKind.METERS:
+                self._say(f"{where}: {_describe_meters(progress)}")
             case ProgressKind.CHECKPOINT:
                 self._say(f"{where}: saved a checkpoint after step {progress.step}")
             case ProgressKind.STEP:
@@ -129,7 +131,7 @@ def stage_table(status: StagedFineTuneStatus) -> Table:
     table = Table(title=title, caption_justify="left", title_justify="left")
     table.add_column("stage")
     table.add_column("state")
-    for name in ("step", "loss", "validation", "tokens/s", "time", "peak memory"):
+    for name in ("step", "loss", "validation", "KL to base", "tokens/s", "time", "peak memory"):
         table.add_column(name, justify="right")
     for stage in status.stages:
         style = _STATE_STYLES[stage.state]
@@ -144,6 +146,7 @@ def _stage_cells(stage: StageStatus) -> list[str]:
         f"{stage.step}/{stage.total_steps}",
         _number(stage.loss, 4),
         _number(stage.validation_loss, 4),
+        _number(measured.kl_to_base if measured else None, 4),
         _number(stage.tokens_per_second, 0),
         format_duration(measured.seconds) if measured else left,
         format_bytes(measured.peak_memory_bytes) if measured else "",
@@ -156,6 +159,12 @@ def _describe_step(progress: Progress) -> str:
         f"{_number(progress.tokens_per_second, 0)} tokens/s "
         f"ETA {format_duration(progress.eta_seconds or 0)}"
     )
+
+
+def _describe_meters(progress: Progress) -> str:
+    meters = {"KL to base": progress.kl_to_base, "general loss": progress.general_loss}
+    said = [f"{name} {value:.4f}" for name, value in meters.items() if value is not None]
+    return f"step {progress.step} {' '.join(said)}"
 
 
 def _number(value: float | None, digits: int) -> str:

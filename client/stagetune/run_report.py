@@ -55,6 +55,10 @@ class StageSummary(ApiModel):
     """initialValidationLoss before the stage's first step."""
     validation_loss: float
     """validationLoss of what it handed on."""
+    general_loss: float | None = None
+    """generalLoss of what it handed on, on text that was not trained on."""
+    kl_to_base: float | None = None
+    """klToBase of what it handed on: a lower bound of that over the whole vocabulary."""
     digest: str
     """digest of its output."""
     estimate: StageEstimate
@@ -153,6 +157,8 @@ def _summarise(plan: Plan, index: int, report: StageReport) -> StageSummary:
         peak_memory_bytes=report.peak_memory_bytes,
         initial_validation_loss=train.initial_validation_loss,
         validation_loss=train.validation_loss,
+        general_loss=train.general_loss,
+        kl_to_base=train.kl_to_base,
         digest=report.output.digest,
         estimate=stage.estimate,
     )

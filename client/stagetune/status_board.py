@@ -138,6 +138,8 @@ class StatusBoard:
                 seconds=report.seconds,
                 peak_memory_bytes=report.peak_memory_bytes,
                 tokens_per_second=train.tokens_per_second,
+                general_loss=train.general_loss,
+                kl_to_base=train.kl_to_base,
             ),
             last_failure=None,
         )

@@ -191,13 +191,17 @@ def _samples_table(report: RunReport) -> Table:
 def _stages_table(report: RunReport) -> Table:
     table = Table(title="Stages", title_justify="left")
     table.add_column("stage")
-    for name in ("steps", "validation loss", "seconds", "tokens/s", "peak memory"):
+    has_general = any(stage.general_loss is not None for stage in report.stages)
+    meters = ["KL to base", *(["general loss"] if has_general else [])]
+    for name in ("steps", "validation loss", *meters, "seconds", "tokens/s", "peak memory"):
         table.add_column(name, justify="right")
     for stage in report.stages:
         table.add_row(
             stage.name,
             str(stage.steps),
             f"{stage.initial_validation_loss:.4f} → {stage.validation_loss:.4f}",
+            _score(stage.kl_to_base),
+            *([_score(stage.general_loss)] if has_general else []),
             f"{stage.seconds:.0f}",
             f"{stage.tokens_per_second:.0f}",
             format_bytes(stage.peak_memory_bytes),

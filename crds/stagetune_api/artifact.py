@@ -39,6 +39,8 @@ class ArtifactKind(StrEnum):
     CHECKPOINT = "Checkpoint"
     STAGE_OUTPUT = "StageOutput"
     EXPORT = "Export"
+    TEACHER = "Teacher"
+    HIDDEN_STATES = "HiddenStates"
 
 
 class ArtifactFile(ApiModel):

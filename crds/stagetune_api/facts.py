@@ -78,6 +78,10 @@ class DataFacts(ApiModel):
     """trainAnswerTokens on which the loss is computed."""
     max_row_tokens: Count
     """maxRowTokens is the length of the longest row."""
+    replay_rows: Count = 0
+    """replayRows of other text that is mixed into training."""
+    replay_tokens: Count = 0
+    """replayTokens of those rows."""
     digest: str | None = None
     """digest of the tokenised rows; absent where the sizes are assumed."""
 

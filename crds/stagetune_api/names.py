@@ -82,6 +82,8 @@ ADAPTER_WEIGHTS_FILE = "adapter_model.safetensors"
 OPTIMIZER_FILE = "optimizer.safetensors"
 LOOP_STATE_FILE = "loop.json"
 RANDOM_STATE_FILE = "random.safetensors"
+TEACHER_FILE = "teacher.safetensors"
+HIDDEN_STATES_FILE = "hidden.safetensors"
 BEST_WEIGHTS_FILE = "best.safetensors"
 
 TERMINATION_MESSAGE_MAX_BYTES = 4096
@@ -126,6 +128,7 @@ class RunLayout:
         self.stages = root / "stages"
         self.tasks = root / "tasks"
         self.export = root / "export"
+        self.cache = root / "cache"
         self.status = root / STATUS_FILE
         self.plan = root / PLAN_FILE
         self.lock = root / LOCK_FILE
@@ -147,6 +150,7 @@ class StageLayout:
         self.root = root
         self.checkpoints = root / "checkpoints"
         self.output = root / "output"
+        self.anchor = root / "anchor"
         self.metrics = root / METRICS_FILE
         self.report = root / REPORT_FILE
         self.fence = root / "fence"

@@ -17,6 +17,7 @@ class ProgressKind(StrEnum):
     STEP = "Step"
     VALIDATION = "Validation"
     CHECKPOINT = "Checkpoint"
+    METERS = "Meters"
 
 
 class Progress(ApiModel):
@@ -40,8 +41,15 @@ class Progress(ApiModel):
     """totalSteps of the plan."""
     loss: float | None = None
     """loss of the step, mean over its answer tokens, in nats."""
+    losses: dict[str, float] | None = None
+    """losses of the step by term, before their weights, where there is more than that on answers:
+    answers, distillation, anchor, replay."""
     validation_loss: float | None = None
     """validationLoss, mean over answer tokens, in nats."""
+    general_loss: float | None = None
+    """generalLoss on text that is not trained on, mean over tokens, in nats."""
+    kl_to_base: float | None = None
+    """klToBase on validation answers, in nats a token."""
     learning_rate: float | None = None
     """learningRate of the step."""
     grad_norm: float | None = None

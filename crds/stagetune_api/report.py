@@ -99,6 +99,14 @@ class TrainResult(ApiModel):
     """tokensPerSecond of training, padding and validation left out."""
     train_seconds: float
     """trainSeconds spent in training steps, over all attempts."""
+    initial_general_loss: float | None = None
+    """initialGeneralLoss is the base model's loss on general text, measured by the first stage."""
+    general_loss: float | None = None
+    """generalLoss of what is handed on: on text that was not trained on, mean over tokens, in nats;
+    absent without evaluation.generalText."""
+    kl_to_base: float | None = None
+    """klToBase is KL(base || tuned) on validation answers, in nats a token, over the base's
+    likeliest tokens and one more for all others: never above the whole vocabulary's."""
 
 
 class SampleAnswer(ApiModel):

@@ -17,6 +17,7 @@ from stagetune_api.spec import MethodType, StagedFineTuneSpec
 from stagetune_api.status import ConditionStatus, ConditionType, StageState
 
 _USES_LORA = f"self.method.type in ['{MethodType.LORA}', '{MethodType.QLORA}']"
+_HAS_REPLAY = "(has(self.protection) && has(self.protection.replay))"
 _DECODER_LAYERS_ONLY = (
     "adapters stand only in decoder layers; use method.type: Full or leave {} out"
 )
@@ -150,6 +151,35 @@ SPEC_RULES = (
         "self.training.batchSize % self.training.microBatchSize == 0",
         "microBatchSize does not divide batchSize; use a divisor",
         ".training.microBatchSize",
+    ),
+    Rule(
+        "spec.protection.replay",
+        "has(self.source) != has(self.generated)",
+        "give exactly one of replay.source and replay.generated",
+        ".source",
+    ),
+    Rule(
+        "spec",
+        f"!{_HAS_REPLAY} || !has(self.protection.replay.source) || "
+        "!has(self.evaluation.generalText) || "
+        "self.protection.replay.source != self.evaluation.generalText.source",
+        "replay.source is evaluation.generalText.source too, and text that is trained on measures "
+        "no forgetting; give one of the two another source",
+        ".protection.replay.source",
+    ),
+    Rule(
+        "spec",
+        f"!{_HAS_REPLAY} || !self.training.optimizerInBackward",
+        "replayed rows are micro-batches of their own and training.optimizerInBackward makes a "
+        "batch one micro-batch; remove one of the two",
+        ".protection.replay",
+    ),
+    Rule(
+        "spec",
+        "!has(self.protection) || !has(self.protection.anchor) || self.method.type != 'Expand'",
+        "method.type Expand has layers that are not the base model's, so there is nothing to "
+        "anchor them to; use distillation or remove anchor",
+        ".protection.anchor",
     ),
     Rule(
         "spec",
@@ -321,11 +351,15 @@ STAGES_RULE = Rule(
     ".spec.stages",
 )
 
-_CLAIM_SOURCES = ("model", "dataset", "dataset.validation", "evaluation.generalText")
+_CLAIM_SOURCES = (
+    *("model", "dataset", "dataset.validation"),
+    *("evaluation.generalText", "protection.replay"),
+)
+_OPTIONAL_SOURCES = {"dataset.validation", "protection.replay"}
 CLAIM_RULES = tuple(
     Rule(
         f"spec.{path}",
-        ("!has(self.source) || " if path == "dataset.validation" else "")
+        ("!has(self.source) || " if path in _OPTIONAL_SOURCES else "")
         + "!self.source.startsWith('pvc://') || (self.source.matches("
         "'^pvc://[a-z0-9]([-a-z0-9.]*[a-z0-9])?(/[^/]+)+/?$') && "
         "!self.source.matches('/[.][.]?(/|$)'))",

@@ -489,8 +489,8 @@ class AnchorSpec(ApiModel):
     """Keep the hidden states above the group close to the base model's."""
 
     weight: Weight
-    """weight of the anchor: the mean squared distance at the group's upper border, relative to the
-    base model's own size there."""
+    """weight of the anchor: the squared distance at the group's upper border over the base model's
+    own square there, token by token, mean over the tokens of a batch."""
 
 
 class GeneratedTextSpec(ApiModel):
@@ -506,14 +506,15 @@ class ReplaySpec(ApiModel):
     """Mix text of another kind into every batch: exactly one of `source` and `generated`."""
 
     ratio: Annotated[float, Field(gt=0, lt=1)]
-    """ratio of a batch's rows that are replayed text."""
+    """ratio of replayed rows to `batchSize`: that many rows, at least one, are added to each batch,
+    and the mean loss on their tokens is added to that on answers with this weight."""
     source: SourceUri | None = None
     """source of the text, as for `evaluation.generalText`, but not the same text: what is trained
     on measures no forgetting."""
     generated: GeneratedTextSpec | None = None
     """generated says that the base model writes the text in prepare."""
     max_tokens: Annotated[int, Field(ge=64, le=10000000)] = 100000
-    """maxTokens of the source that are read."""
+    """maxTokens of the source that are read; without meaning for generated text."""
 
 
 class AveragingSpec(ApiModel):

@@ -48,6 +48,9 @@ def sources_of(spec: StagedFineTuneSpec) -> dict[str, str]:
         sources["spec.dataset.validation.source"] = spec.dataset.validation.source
     if spec.evaluation.general_text is not None:
         sources["spec.evaluation.generalText.source"] = spec.evaluation.general_text.source
+    replay = spec.protection.replay if spec.protection is not None else None
+    if replay is not None and replay.source is not None:
+        sources["spec.protection.replay.source"] = replay.source
     return sources
 
 

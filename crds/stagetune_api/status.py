@@ -126,6 +126,10 @@ class StageMeasurements(ApiModel):
     """peakMemoryBytes: of the GPU where there is one, else of the process."""
     tokens_per_second: float
     """tokensPerSecond in training steps."""
+    general_loss: float | None = None
+    """generalLoss of what was handed on, on text that was not trained on, in nats a token."""
+    kl_to_base: float | None = None
+    """klToBase of what was handed on: KL(base || tuned) on validation answers, in nats a token."""
 
 
 class StageStatus(ApiModel):

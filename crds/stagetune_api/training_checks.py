@@ -172,22 +172,47 @@ def _check_weights_at_export(spec: StagedFineTuneSpec) -> Iterator[Problem]:
             )
 
 
+def _check_replay(spec: StagedFineTuneSpec) -> Iterator[Problem]:
+    replay = spec.protection.replay if spec.protection is not None else None
+    if replay is None:
+        return
+    path = "spec.protection.replay"
+    if (replay.source is None) == (replay.generated is None):
+        given = "neither is given" if replay.source is None else "both are given"
+        yield conflict(path, f"exactly one of source and generated is needed; {given}")
+    general = spec.evaluation.general_text
+    if general is not None and replay.source == general.source:
+        yield conflict(
+            f"{path}.source",
+            f"{replay.source} is evaluation.generalText.source too: text that is trained on "
+            "measures no forgetting; give one of the two another source",
+        )
+    if spec.training.optimizer_in_backward:
+        yield conflict(
+            path,
+            "replayed rows are micro-batches of their own and training.optimizerInBackward makes "
+            "a batch one micro-batch; remove one of the two",
+        )
+
+
+def _check_anchor(spec: StagedFineTuneSpec) -> Iterator[Problem]:
+    anchor = spec.protection.anchor if spec.protection is not None else None
+    if anchor is not None and spec.method.type is MethodType.EXPAND:
+        yield conflict(
+            "spec.protection.anchor",
+            "method.type is Expand, whose layers are not all the base model's; use distillation or "
+            "remove anchor",
+        )
+
+
 def check_not_yet_supported(spec: StagedFineTuneSpec) -> Iterator[Problem]:
     """Refuse what the API already names and no program does yet: nothing is silently ignored."""
-    yield from _protection_not_yet(spec)
     if spec.training.prefix_cache is not PrefixCache.NEVER:
         yield not_yet("spec.training.prefixCache", "prefix caches", "use Never or leave it out")
     if spec.serve is not None:
         yield not_yet("spec.serve", "servers", "remove serve")
     if spec.runtime is not None and spec.runtime.engine is EngineType.DEEPSPEED:
         yield not_yet("spec.runtime.engine", "DeepSpeed engines", "use Auto or Single")
-
-
-def _protection_not_yet(spec: StagedFineTuneSpec) -> Iterator[Problem]:
-    for name in ("distillation", "anchor", "replay"):
-        if spec.protection is not None and getattr(spec.protection, name) is not None:
-            path = f"spec.protection.{to_camel(name)}"
-            yield not_yet(path, f"{to_camel(name)} methods", "leave it out")
 
 
 TRAINING_RULES: Sequence[Callable[[StagedFineTuneSpec], Iterator[Problem]]] = (
@@ -199,5 +224,7 @@ TRAINING_RULES: Sequence[Callable[[StagedFineTuneSpec], Iterator[Problem]]] = (
     _check_training,
     _check_optimizer_in_backward,
     _check_weights_at_export,
+    _check_replay,
+    _check_anchor,
 )
 """Each gives the problems of its kind."""

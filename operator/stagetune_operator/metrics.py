@@ -35,6 +35,16 @@ _RUN_GAUGES: dict[str, tuple[str, str | None, str]] = {
         "validationLoss",
         "Validation loss, last computed, in nats a token.",
     ),
+    "general_loss": (
+        "general_loss",
+        "measured.generalLoss",
+        "Loss on text that is not trained on, in nats a token.",
+    ),
+    "kl_to_base": (
+        "kl_to_base",
+        "measured.klToBase",
+        "KL(base || model) on validation answers, in nats a token.",
+    ),
     "learning_rate": ("learning_rate", None, "Learning rate of the last training step."),
     "grad_norm": ("grad_norm", None, "Norm of the stage's gradients before clipping."),
     "tokens_per_second": (

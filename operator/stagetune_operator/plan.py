@@ -36,6 +36,7 @@ from stagetune_operator.estimate import (
 )
 from stagetune_operator.gradient_groups import GradientPlan
 from stagetune_operator.plan_checks import find_memory_problems, find_problems
+from stagetune_operator.protection_estimate import ProtectedStage, add_protection
 from stagetune_operator.schedule import Draft, deal_rows, draft_stages, learning_rates
 from stagetune_operator.schedule_checks import find_profile_problems
 
@@ -165,7 +166,19 @@ def _planned_stages(
                 steps=steps,
                 warmup_steps=warmup_steps,
                 validation_interval=interval,
-                estimate=estimate_stage(facts, spec.method, training, scope, machine),
+                estimate=add_protection(
+                    estimate_stage(facts, spec.method, training, scope, machine),
+                    spec.protection,
+                    facts,
+                    ProtectedStage(
+                        method=spec.method,
+                        training=training,
+                        scope=scope,
+                        rows=end - start,
+                        is_first=index == 0,
+                    ),
+                    machine,
+                ),
             )
         )
         ranks |= dict.fromkeys(draft.opened, draft.rank)
@@ -205,6 +218,7 @@ def _digest(spec: StagedFineTuneSpec, facts: Facts, stages: Sequence[PlannedStag
         "model": spec.model.model_dump(mode="json", exclude={"secret_name"}),
         "dataset": spec.dataset.model_dump(mode="json", exclude={"secret_name"}),
         "method": spec.method.model_dump(mode="json"),
+        **({"protection": spec.protection.model_dump(mode="json")} if spec.protection else {}),
         # How often to save changes no bit of the result.
         "training": spec.training.model_dump(mode="json", exclude={"checkpoint_interval_seconds"}),
         "modelDigest": facts.model.digest,

@@ -36,6 +36,8 @@ class TaskProgress:
     total_steps: int | None = None
     loss: float | None = None
     validation_loss: float | None = None
+    general_loss: float | None = None
+    kl_to_base: float | None = None
     learning_rate: float | None = None
     grad_norm: float | None = None
     tokens: int | None = None
@@ -83,6 +85,8 @@ _REALS = {
     "loss": "loss",
     "validation_loss": "validation_loss",
     "eval_loss": "validation_loss",
+    "general_loss": "general_loss",
+    "kl_to_base": "kl_to_base",
     "learning_rate": "learning_rate",
     "grad_norm": "grad_norm",
     "tokens_per_second": "tokens_per_second",

@@ -178,6 +178,8 @@ def trained_values(
             seconds=report.seconds,
             peak_memory_bytes=report.peak_memory_bytes,
             tokens_per_second=train.tokens_per_second,
+            general_loss=train.general_loss,
+            kl_to_base=train.kl_to_base,
         ),
         "gpu_seconds": num_gpus * sum(pod.seconds for pod in pods),
         "handoff_seconds": seconds_between(previous_end, first_step),

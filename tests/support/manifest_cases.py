@@ -75,6 +75,7 @@ RATES = {"bottom": 5e-5, "top": 1e-4}
 IN_BACKWARD = {"learningRate": 1e-4, "optimizerInBackward": True}
 AT_EXPORT = {"averaging": {}, "depthScaling": {"bottom": 0.5}}
 DORA: Edits = {"spec.method": {"type": "LoRA", "lora": {"dora": True}}}
+REPLAY: Node = {"ratio": 0.1, "source": "hf://org/text"}
 
 
 def in_stages(*stages: Node, **edits: Any) -> Edits:
@@ -563,9 +564,56 @@ CASES = {
             "spec.dataset.validation.source",
         ),
         Case(
+            {"spec.protection": {"replay": {**REPLAY, "source": "pvc://rows"}}},
+            {"spec.protection": {"replay": {**REPLAY, "source": "pvc://rows/other.txt"}}},
+            "spec.protection.replay.source",
+        ),
+        Case(
             {"spec.evaluation.generalText.source": "pvc://rows/.."},
             {"spec.evaluation.generalText.source": "pvc://rows/text.txt"},
             "spec.evaluation.generalText.source",
+        ),
+    ],
+    "give exactly one of replay.source and replay.generated": [
+        Case(
+            {"spec.protection": {"replay": {"ratio": 0.1}}},
+            {"spec.protection": {"replay": {"ratio": 0.1, "generated": {}}}},
+            "spec.protection.replay",
+        ),
+        Case(
+            {"spec.protection": {"replay": {**REPLAY, "generated": {}}}},
+            {"spec.protection": {"replay": REPLAY}},
+            "spec.protection.replay",
+        ),
+    ],
+    "replay.source is evaluation.generalText.source too": [
+        Case(
+            {
+                "spec.protection": {"replay": REPLAY},
+                "spec.evaluation": {"generalText": {"source": REPLAY["source"]}},
+            },
+            {
+                "spec.protection": {"replay": REPLAY},
+                "spec.evaluation": {"generalText": {"source": "hf://org/held-out"}},
+            },
+            "spec.protection.replay.source",
+        ),
+    ],
+    "replayed rows are micro-batches of their own": [
+        Case(
+            {
+                "spec.protection": {"replay": REPLAY},
+                "spec.training.optimizerInBackward": True,
+            },
+            {"spec.protection": {"replay": REPLAY}},
+            "spec.protection.replay",
+        ),
+    ],
+    "method.type Expand has layers that are not the base model's": [
+        Case(
+            {"spec.protection": {"anchor": {"weight": 1}}, "spec.method": {"type": "Expand"}},
+            {"spec.protection": {"anchor": {"weight": 1}}},
+            "spec.protection.anchor",
         ),
     ],
     "metadata.name must be": [

@@ -299,14 +299,14 @@ def make_later_config(
 ) -> Callable[..., StageConfig]:
     """`make_later_config(task, chain=[reports], **fields)` of a run that is prepared first.
 
-    Fields given to more than one call (`model`, `run_directory`) have to be given to each.
+    Fields given to more than one call (`model`, `protection`) have to be given to each.
     """
     from stagetune_trainer.run import run_task
 
     prepared: dict[str, StageReport] = {}
 
     def make(task: str, *, chain: Iterable[StageReport] = (), **fields: Any) -> StageConfig:
-        before = ("model", "dataset", "run_directory", "claims_directory")
+        before = ("model", "dataset", "run_directory", "claims_directory", "protection")
         base = {name: fields[name] for name in before if name in fields}
         key = json.dumps(base, sort_keys=True)
         if key not in prepared:

@@ -115,7 +115,7 @@ def test_metrics_of_the_operator_are_those_of_the_table() -> None:
         "tokensPerSecond": 1,
         "step": 1,
         "totalSteps": 2,
-        "measured": {"peakMemoryBytes": 1},
+        "measured": {"peakMemoryBytes": 1, "generalLoss": 1, "klToBase": 1},
     }
     metadata = {"namespace": "team", "name": "run", "uid": "u", "creationTimestamp": "2026"}
     key = store.apply_run("ADDED", {"metadata": metadata, "status": {"stages": [stage]}})
@@ -164,7 +164,10 @@ def line_with_everything(kind: ProgressKind) -> Progress:
         time="2026-01-01T00:00:00.000Z",
         step=1,
         loss=1.0,
+        losses={"answers": 1.0},
         validation_loss=1.0,
+        general_loss=1.0,
+        kl_to_base=1.0,
         learning_rate=1.0,
         grad_norm=1.0,
         tokens=1,

@@ -708,7 +708,7 @@ def test_shared_adapter_cannot_get_another_rank() -> None:
     for scope in ("Shared", "PerStage"):
         method = {"type": "LoRA", "lora": {"rank": 2, "adapters": scope}}
         spec = _spec(stages=stages, method=method)
-        found[scope] = find_problems(spec, _facts(), draft_stages(spec, 12))
+        found[scope] = find_problems(spec, _facts(), draft_stages(spec, 12).stages)
 
     paths = [problem.path for problem in found["Shared"]]
     assert paths == ["spec.stages[1].rank", "spec.stages[3].rank"]

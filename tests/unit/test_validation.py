@@ -186,7 +186,7 @@ def test_message_shows_the_value_and_what_is_expected(
     ("path", "value"),
     [
         ("spec.training.prefixCache", "Auto"),
-        ("spec.protection", {"distillation": {"weight": 0.1}}),
+        ("spec.protection", {"averaging": {"alpha": 0.5}}),
         ("spec.runtime", {"engine": "DeepSpeed"}),
         ("spec.serve", {"replicas": 1}),
         ("spec.model.source", "s3://bucket/model"),
@@ -215,6 +215,7 @@ ON_A_CLUSTER = {
         "validation": {"source": "pvc://rows/held-out.jsonl"},
     },
     "spec.evaluation.generalText": {"source": "pvc://rows/text.txt"},
+    "spec.protection.replay": {"ratio": 0.1, "source": "pvc://rows/other.txt"},
     "spec.runtime": {
         "resources": {
             "limits": {"nvidia.com/gpu": 1, "memory": "64Gi"},
@@ -237,12 +238,14 @@ FILES = {
     "spec.dataset.source": "file://rows.jsonl",
     "spec.dataset.validation": {"source": "file://held-out.jsonl"},
     "spec.evaluation.generalText": {"source": "file://text.txt"},
+    "spec.protection.replay": {"ratio": 0.1, "source": "file://other.txt"},
 }
 SOURCE_PATHS = [
     "spec.model.source",
     "spec.dataset.source",
     "spec.dataset.validation.source",
     "spec.evaluation.generalText.source",
+    "spec.protection.replay.source",
 ]
 
 

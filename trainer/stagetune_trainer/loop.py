@@ -7,7 +7,8 @@ nothing of layers, methods or folders.
 
 import math
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NoReturn, Protocol
 
@@ -22,6 +23,7 @@ from stagetune_trainer.errors import DivergedError, InterruptedRunError
 from stagetune_trainer.loss import AnswerLoss
 from stagetune_trainer.metrics import ProgressLog, peak_memory_bytes
 from stagetune_trainer.model import Numerics
+from stagetune_trainer.protect.objective import ANSWERS, Objective
 from stagetune_trainer.training_state import LoopState, RandomState, TrainingState
 from stagetune_trainer.update import Update
 
@@ -42,7 +44,9 @@ class StageLoop:
     training: TrainingSpec
     numerics: Numerics
     loss: AnswerLoss
-    """Summed cross entropy of a micro-batch."""
+    """Summed cross entropy of a micro-batch: what validation looks at."""
+    objective: Objective
+    """What the steps minimise: that loss and what protection adds."""
     update: Update
     """From gradients to new parameters."""
     micro_batches: Callable[[int], Sequence[Batch]]
@@ -76,20 +80,22 @@ def train(loop: StageLoop, state: TrainingState) -> None:
         started = time.monotonic()
         random_state = RandomState.capture()
         batches = loop.micro_batches(progress.step)
-        num_answers = sum(batch.num_answer_tokens for batch in batches)
+        counts = loop.objective.counts(batches)
         learning_rate = learning_rate_at(progress.step, stage, loop.training)
         loop.update.begin(learning_rate)
-        loss_sum = 0.0
+        sums: defaultdict[str, float] = defaultdict(float)
         for batch in batches:
             if loop.stop.requested:
                 # The step is given up and will be computed anew from the same random state.
                 _save_and_leave(loop, state, random_state)
-            loss_sum += _accumulate(loop, batch, num_answers)
-        loss = loss_sum / num_answers
+            for name, value in _accumulate(loop, batch, counts).items():
+                sums[name] += value
+        losses = {name: value / counts[name] for name, value in sums.items()}
+        loss = losses[ANSWERS]
         grad_norm = loop.update.gradient_norm()
-        if not math.isfinite(loss) or not math.isfinite(grad_norm):
+        if not all(map(math.isfinite, [*losses.values(), grad_norm])):
             raise DivergedError(
-                f"step {progress.step + 1}: loss {loss}, gradient norm {grad_norm}; lower "
+                f"step {progress.step + 1}: loss {_said(losses)}, gradient norm {grad_norm}; lower "
                 "spec.training.learningRate or raise warmupRatio in a run of another name. "
                 f"{loop.update.when_not_finite}"
             )
@@ -106,6 +112,7 @@ def train(loop: StageLoop, state: TrainingState) -> None:
             step=progress.step,
             total_steps=stage.steps,
             loss=loss,
+            losses=losses if len(losses) > 1 else None,
             learning_rate=learning_rate,
             grad_norm=grad_norm,
             tokens=progress.tokens,
@@ -132,16 +139,23 @@ def _save_and_leave(loop: StageLoop, state: TrainingState, random_state: RandomS
     raise InterruptedRunError(f"saved after step {state.loop.step} of {loop.stage.steps}")
 
 
-def _accumulate(loop: StageLoop, batch: Batch, num_answers: int) -> float:
-    """Add a micro-batch's gradients and return its summed loss.
+def _accumulate(loop: StageLoop, batch: Batch, counts: Mapping[str, int]) -> dict[str, float]:
+    """Add a micro-batch's gradients and return the sums of its terms.
 
-    Divided by the answer tokens of the whole batch, so that any split into micro-batches gives the
-    gradient of the batch's mean loss.
+    Divided by the counts of the whole batch, so that any split into micro-batches gives the
+    gradient of the batch's mean losses.
     """
     with loop.numerics.autocast():
-        loss_sum, _ = loop.loss(*batch.on(loop.numerics.device))
-    loop.update.backward(loss_sum / num_answers)
-    return float(loss_sum.detach())
+        sums = loop.objective.sums(batch)
+    loop.update.backward(loop.objective.weighted(sums, counts))
+    return {name: float(value.detach()) for name, value in sums.items()}
+
+
+def _said(losses: Mapping[str, float]) -> str:
+    """Return the losses of a step in words."""
+    if len(losses) == 1:
+        return str(losses[ANSWERS])
+    return ", ".join(f"{value} ({name})" for name, value in losses.items())
 
 
 @torch.no_grad()

@@ -73,7 +73,10 @@ class HistoryFile(ProgressSink):
         for line in self._path.read_text(encoding="utf-8", errors="replace").splitlines():
             # The last line of a killed process may be cut off anywhere.
             with contextlib.suppress(ValidationError):
-                if (Progress.model_validate_json(line).step or 0) <= step:
+                progress = Progress.model_validate_json(line)
+                said = progress.step or 0
+                # Meters are no part of a checkpoint: those of this step will be read again.
+                if said < step or (said == step and progress.kind is not ProgressKind.METERS):
                     kept.append(line + "\n")
         write_file_atomically(self._path, "".join(kept))
 

@@ -38,6 +38,8 @@ _METRICS = (
     "total_steps",
     "loss",
     "validation_loss",
+    "general_loss",
+    "kl_to_base",
     "learning_rate",
     "grad_norm",
     "tokens",

@@ -33,6 +33,8 @@ _STEP_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 _GAUGES = {
     "loss": "Loss of the last step, mean over its answer tokens, in nats.",
     "validation_loss": "Last validation loss, mean over answer tokens, in nats.",
+    "general_loss": "Loss on text that is not trained on, mean over tokens, in nats.",
+    "kl_to_base": "KL(base || model) on validation answers, mean over tokens, in nats.",
     "learning_rate": "Learning rate of the last step.",
     "grad_norm": "Norm of the last step's gradients before clipping.",
     "step": "Optimizer steps that are done.",
@@ -83,6 +85,12 @@ class PrometheusMetrics(ProgressSink):
             key: Gauge(f"{_PREFIX}_{key}", text, labels, registry=self._registry)
             for key, text in _GAUGES.items()
         }
+        self._term_losses = Gauge(
+            f"{_PREFIX}_term_loss",
+            "Terms of the last step's loss before their weights, where protection adds some.",
+            [*labels, "term"],
+            registry=self._registry,
+        )
         self._tokens = Counter(
             f"{_PREFIX}_tokens",
             "Tokens that this process has trained on, padding left out.",
@@ -104,6 +112,8 @@ class PrometheusMetrics(ProgressSink):
         """Take over the numbers of a line."""
         for key in _GAUGES:
             self._set(key, getattr(progress, key, None))
+        for term, loss in (progress.losses or {}).items():
+            self._term_losses.labels(**self._labels, term=term).set(loss)
         if progress.kind is ProgressKind.STEP:
             self._tokens.labels(**self._labels).inc((progress.tokens or 0) - self._tokens_before)
             if progress.step_seconds is not None:

@@ -1,4 +1,4 @@
-"""What a finished run no longer needs: checkpoints and tokenised rows.
+"""What a finished run no longer needs: checkpoints, tokenised rows, what the base said of them.
 
 Outputs stay: with the base model they give the export again. So do reports, metrics and facts.
 """
@@ -14,13 +14,17 @@ logger = logging.getLogger(__name__)
 
 
 def remove_intermediates(layout: RunLayout, log: ProgressLog) -> None:
-    """Remove the checkpoints of every stage and the tokenised rows.
+    """Remove the checkpoints of every stage, the tokenised rows and all references to the base.
 
     What cannot be removed is logged and left: the result is there all the same.
     """
     stages = sorted(layout.stages.iterdir()) if layout.stages.is_dir() else []
     doomed = [layout.stage(stage.name).checkpoints for stage in stages]
+    references = [layout.cache, *(layout.stage(stage.name).anchor for stage in stages)]
     removed = [_remove(directory) for directory in [*doomed, layout.data]]
+    # Not worth a word of their own: they can be computed again as long as there are rows.
+    for directory in references:
+        _remove(directory)
     if any(removed):
         log.message("removed checkpoints and tokenised rows, which retain: Result does not keep")
 

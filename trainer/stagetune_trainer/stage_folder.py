@@ -55,6 +55,10 @@ def settings_digest(config: StageConfig) -> str:
         {
             "method": config.method.model_dump(mode="json"),
             "training": training,
+            # What else protects does so at export.
+            "protection": config.protection.model_dump(
+                mode="json", include={"distillation", "anchor", "replay"}
+            ),
             "stage": stage.model_dump(mode="json", exclude={"estimate", "micro_batch_size"}),
             "model": config.model_digest,
             "data": config.data_digest,

@@ -1,9 +1,11 @@
 """The Train task: one stage, from its verified parent to its published output."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
+from stagetune_api.progress import ProgressKind
 from stagetune_api.report import CheckpointRef, Outcome, StageReport, TrainResult
 from stagetune_api.spec import GradientCheckpointing
 from stagetune_api.stage import PlannedStage, StageConfig, Task
@@ -17,6 +19,8 @@ from stagetune_trainer.methods.adapters import keep_earlier_adapters_still
 from stagetune_trainer.metrics import ProgressLog, peak_memory_bytes
 from stagetune_trainer.model import Numerics, apply_chain, choose_numerics, load_base, load_chain
 from stagetune_trainer.optimizers import choose_master_dtype, make_optimizer
+from stagetune_trainer.protect.meters import Meters
+from stagetune_trainer.protect.protection import Protection
 from stagetune_trainer.stage_folder import StageFolder
 from stagetune_trainer.start_clock import StartClock
 from stagetune_trainer.training_state import TrainingState
@@ -37,8 +41,9 @@ def train_stage(
     folder = StageFolder(config=config, stage=stage, fence=fence, log=log, started=clock.started)
     numerics = choose_numerics(config.training.precision)
     method = make_method(config.method, choose_master_dtype(config.training, numerics))
+    protection = Protection(config, stage, numerics, fence=fence, log=log, stop=stop)
     log.message(f"loading {config.model_directory} and {len(config.chain)} finished stage(s)")
-    decoder = _load(config, method, numerics)
+    decoder = _load(config, method, numerics, protection.look_at_base)
     loss = AnswerLoss(decoder)
     state = _open_stage(decoder, method, config, stage)
     folder.resume(state)
@@ -47,17 +52,22 @@ def train_stage(
         training=config.training,
         numerics=numerics,
         loss=loss,
+        objective=protection.objective(loss),
         update=make_update(config.training, state.parameters, state.optimizer),
-        micro_batches=open_training_rows(config, stage).micro_batches,
+        micro_batches=protection.micro_batches(open_training_rows(config, stage)),
         validation_batches=open_validation_rows(config).batches,
         save=folder.save,
         stop=stop,
         log=log,
     )
+    meters = protection.meters(loss)
     clock.loaded()
+    _measure_base(meters, state, stage, log)
     train(loop, state)
+    measured = _measure(meters, state, log)
     trained = {name: value.detach().cpu() for name, value in state.parameters.items()}
     manifest = folder.publish_output(method.output(decoder, trained), state.loop.step)
+    protection.close()
     output = CheckpointRef(
         path=str(folder.layout.output), digest=manifest.digest, step=state.loop.step
     )
@@ -70,19 +80,50 @@ def train_stage(
         peak_memory_bytes=peak_memory_bytes(numerics.device),
         device=numerics.device.type,
         output=output,
-        train=_result(state, stage),
+        train=_result(state, stage).model_copy(update=measured),
     )
 
 
-def _load(config: StageConfig, method: Method, numerics: Numerics) -> Decoder:
-    """Return the base model with every earlier stage's output in place, all of it frozen."""
+def _load(
+    config: StageConfig,
+    method: Method,
+    numerics: Numerics,
+    look_at_base: Callable[[Decoder], None],
+) -> Decoder:
+    """Return the base model with every earlier stage's output in place, all of it frozen.
+
+    `look_at_base` is given the base model before anything is put on it.
+    """
     if config.model_digest is None or config.model_directory is None:
         raise ValueError("a Train task needs a base model")
     # The chain is checked first: it is small, and what is wrong with a run is mostly there.
     outputs = load_chain(config.chain, config.model_digest)
     decoder = load_base(Path(config.model_directory), config.model_digest, numerics, method)
+    look_at_base(decoder)
     apply_chain(decoder, outputs, method)
     return decoder
+
+
+def _measure_base(
+    meters: Meters, state: TrainingState, stage: PlannedStage, log: ProgressLog
+) -> None:
+    """Measure the base model on general text: before its first step, the first stage is that."""
+    progress = state.loop
+    if stage.index != 0 or progress.step != 0:
+        return
+    if progress.initial_general_loss is None:
+        progress.initial_general_loss = meters.general_loss()
+    if progress.initial_general_loss is not None:
+        loss = progress.initial_general_loss
+        log.write(ProgressKind.METERS, step=0, total_steps=stage.steps, general_loss=loss)
+
+
+def _measure(meters: Meters, state: TrainingState, log: ProgressLog) -> dict[str, float | None]:
+    """Measure what is handed on, log it, and return it by the fields of `TrainResult`."""
+    measured = {"general_loss": meters.general_loss(), "kl_to_base": meters.kl_to_base()}
+    if any(value is not None for value in measured.values()):
+        log.write(ProgressKind.METERS, step=state.loop.step, **measured)
+    return {**measured, "initial_general_loss": state.loop.initial_general_loss}
 
 
 def _open_stage(

@@ -52,6 +52,8 @@ class LoopState:
     """Whether `stopped_by` is set."""
     stopped_by: StopReason | None = None
     """What of earlyStopping ended the stage."""
+    initial_general_loss: float | None = None
+    """Loss of the base model on general text; only where the first stage has measured it."""
 
 
 @dataclass(kw_only=True)

@@ -30,6 +30,8 @@ class Purpose:
     VALIDATION_SPLIT = 1
     TRAINING_ORDER = 2
     EPOCH = 3
+    REPLAY = 4
+    GENERATED_TEXT = 5
 
 
 def permutation(count: int, *key: int) -> NDArray[np.int64]:
@@ -55,6 +57,12 @@ class Batch:
     of its own token."""
     num_tokens: int
     """Tokens, padding left out."""
+    lengths: tuple[int, ...] = ()
+    """Tokens of each row, padding left out."""
+    rows: tuple[int, ...] = ()
+    """Where each row stands in the rows that it was taken from."""
+    is_replay: bool = False
+    """Whether it is other text that is mixed into training."""
 
     @property
     def num_answer_tokens(self) -> int:
@@ -66,16 +74,25 @@ class Batch:
         return self.input_ids.to(device), self.labels.to(device)
 
 
-def collate(rows: Sequence[StoredRow]) -> Batch:
-    """Return `rows` as one batch."""
-    lengths = [len(row.input_ids) for row in rows]
-    shape = (len(rows), max(lengths))
+def collate(
+    stored: Sequence[StoredRow], *, rows: Sequence[int] = (), is_replay: bool = False
+) -> Batch:
+    """Return `stored` as one batch; `rows` are their places in what they were taken from."""
+    lengths = [len(row.input_ids) for row in stored]
+    shape = (len(stored), max(lengths))
     input_ids = torch.full(shape, _PAD, dtype=torch.int64)
     labels = torch.full(shape, IGNORED, dtype=torch.int64)
-    for index, (row, length) in enumerate(zip(rows, lengths, strict=True)):
+    for index, (row, length) in enumerate(zip(stored, lengths, strict=True)):
         input_ids[index, :length] = torch.from_numpy(np.array(row.input_ids, dtype=np.int64))
         labels[index, :length] = torch.from_numpy(np.array(row.labels, dtype=np.int64))
-    return Batch(input_ids=input_ids, labels=labels, num_tokens=sum(lengths))
+    return Batch(
+        input_ids=input_ids,
+        labels=labels,
+        num_tokens=sum(lengths),
+        lengths=tuple(lengths),
+        rows=tuple(rows),
+        is_replay=is_replay,
+    )
 
 
 class TrainingRows:
@@ -111,6 +128,10 @@ class TrainingRows:
         """Steps of one pass; the last one may have fewer rows, so that no row is dropped."""
         return -(-len(self._indices) // self._batch_size)
 
+    def all_indices(self) -> list[int]:
+        """Return every row that the stage sees, as positions in the training set."""
+        return [int(index) for index in self._indices]
+
     def batch_indices(self, step: int) -> list[int]:
         """Return the rows of step `step`, from 0, as positions in the training set."""
         epoch, position = divmod(step, self.steps_per_epoch)
@@ -127,7 +148,7 @@ class TrainingRows:
         """
         indices = _longest_first(self._rows, self.batch_indices(step))
         return [
-            collate([self._rows[index] for index in part])
+            collate([self._rows[index] for index in part], rows=part)
             for part in _parts(indices, self._micro_batch_size)
         ]
 
@@ -143,7 +164,7 @@ class FixedRows:
         """Yield all rows in batches, the longest first, so that memory is at its peak at once."""
         indices = _longest_first(self._rows, range(len(self._rows)))
         for part in _parts(indices, self._micro_batch_size):
-            yield collate([self._rows[index] for index in part])
+            yield collate([self._rows[index] for index in part], rows=part)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,6 +230,11 @@ def open_validation_questions(config: StageConfig) -> list[ValidationQuestion]:
         )
         for row in _open(config, Split.VALIDATION)
     ]
+
+
+def open_split(config: StageConfig, split: Split) -> RowReader:
+    """Return the rows of `split`; raises ArtifactError where they are not sound."""
+    return _open(config, split)
 
 
 def _open(config: StageConfig, split: Split) -> RowReader:

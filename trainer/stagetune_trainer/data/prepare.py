@@ -5,6 +5,7 @@ inputs gives the same digests, and skips what is there already.
 """
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,6 +32,7 @@ from stagetune_trainer.checkpoint import (
     remove_drafts,
 )
 from stagetune_trainer.data.general import list_text_files
+from stagetune_trainer.data.replay_text import find_replay_text
 from stagetune_trainer.data.report import DataReport, SplitReport
 from stagetune_trainer.data.rows import TRAINING_WORDS, VALIDATION_WORDS, list_row_files
 from stagetune_trainer.data.store import DATA_DIRECTORY, Split
@@ -93,7 +95,7 @@ def prepare(
     tokenizer = load_tokenizer(base.directory)
     say(f"fetching {config.dataset.source}")
     writer = DataWriter(
-        inputs=_fetch_inputs(config),
+        inputs=_fetch_inputs(config, base),
         spec=config.dataset,
         seed=config.training.seed,
         tokenizer=tokenizer,
@@ -157,7 +159,7 @@ def _resolve(config: StageConfig, source: Source) -> Path:
     )
 
 
-def _fetch_inputs(config: StageConfig) -> DataInputs:
+def _fetch_inputs(config: StageConfig, base: BaseModel) -> DataInputs:
     """Bring all data to this machine; raises UserError for what cannot be had."""
     spec = config.dataset
     dataset = Source(
@@ -191,6 +193,13 @@ def _fetch_inputs(config: StageConfig) -> DataInputs:
         validation=validation,
         general=general,
         general_max_tokens=text.max_tokens if text is not None else 0,
+        replay=find_replay_text(
+            config,
+            base.directory,
+            base.manifest.digest,
+            resolve=partial(_resolve, config),
+            kept_apart=general.files if general is not None else [],
+        ),
     )
 
 
@@ -223,6 +232,7 @@ def _settings_digest(config: StageConfig, writer: DataWriter, base: BaseModel) -
     }
     return digest_of_json(
         {
+            **(inputs.replay.settings if inputs.replay is not None else {}),
             "version": _TOKENISER_VERSION,
             "dataset": spec,
             "seed": config.training.seed,
@@ -288,11 +298,16 @@ def _write_report(directory: Path, writer: DataWriter) -> None:
 def _data_facts(report: DataReport, digest: str) -> DataFacts:
     train: SplitReport = report.splits[Split.TRAIN.value]
     validation = report.splits[Split.VALIDATION.value]
+    replay = report.splits.get(Split.REPLAY.value)
     return DataFacts(
         train_rows=train.rows,
         validation_rows=validation.rows,
         train_tokens=train.tokens,
         train_answer_tokens=train.answer_tokens,
-        max_row_tokens=max(train.max_tokens, validation.max_tokens),
+        max_row_tokens=max(
+            [train.max_tokens, validation.max_tokens, *([replay.max_tokens] if replay else [])]
+        ),
+        replay_rows=replay.rows if replay else 0,
+        replay_tokens=replay.tokens if replay else 0,
         digest=digest,
     )

@@ -29,6 +29,7 @@ class Split(StrEnum):
     TRAIN = "train"
     VALIDATION = "validation"
     GENERAL = "general"
+    REPLAY = "replay"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,6 +19,7 @@ from stagetune_trainer.data.batches import Purpose, permutation
 from stagetune_trainer.data.formats import BadRowError, read_turns
 from stagetune_trainer.data.general import read_general_rows
 from stagetune_trainer.data.mapping import ColumnMapping, find_mapping
+from stagetune_trainer.data.replay_text import ReplayText
 from stagetune_trainer.data.report import (
     DataReport,
     Sample,
@@ -35,6 +36,8 @@ from stagetune_trainer.sources import Source
 
 _ROWS_FOR_MAPPING = 20
 _LISTED_IN_ERROR = 20
+_SHORTEST_REPLAY = 16
+"""Replayed rows may always have so many tokens, however short those of the dataset are."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,6 +69,8 @@ class DataInputs:
     general: DataFiles | None
     """Text on which forgetting is measured."""
     general_max_tokens: int
+    replay: ReplayText | None = None
+    """Other text that is mixed into training."""
 
 
 @dataclass(kw_only=True)
@@ -109,6 +114,8 @@ class DataWriter:
         self._warn_of_duplicates()
         if self.inputs.general is not None:
             self._write_general(self.inputs.general, directory)
+        if self.inputs.replay is not None:
+            self._write_replay(self.inputs.replay, directory)
 
     def report(self) -> DataReport:
         """Return what was found, used and left out so far."""
@@ -239,6 +246,14 @@ class DataWriter:
         )
         with RowWriter(rows_path(directory, Split.GENERAL), with_questions=False) as writer:
             for row in rows:
+                _write_counted(writer, row, counter)
+
+    def _write_replay(self, replay: ReplayText, directory: Path) -> None:
+        # No row of it may need more memory than those that the plan has seen.
+        longest = max(self.splits[Split.TRAIN].max_tokens, _SHORTEST_REPLAY)
+        counter = self.splits[Split.REPLAY] = SplitCounter()
+        with RowWriter(rows_path(directory, Split.REPLAY), with_questions=False) as writer:
+            for row in replay.rows(self.tokenizer, max_length=longest):
                 _write_counted(writer, row, counter)
 
 

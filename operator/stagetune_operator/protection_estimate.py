@@ -1,0 +1,141 @@
+"""What protection adds to a stage's estimate: memory, disk and operations by formula.
+
+`plan` calls it once per stage, on what `estimate` says of the stage alone. docs/plan.md explains
+the formulas in words.
+"""
+
+from dataclasses import dataclass
+
+from stagetune_api.facts import DataFacts, Facts
+from stagetune_api.spec import MethodSpec, ProtectionSpec, TrainingSpec
+from stagetune_api.stage import StageEstimate
+from stagetune_operator.estimate import (
+    Machine,
+    StageScope,
+    element_bytes,
+    step_flops,
+)
+
+_HIDDEN_STATE_BYTES = 2
+_TOKEN_AND_PROBABILITY_BYTES = 4 + 2
+_REST_BYTES = 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProtectedStage:
+    """What protection's cost depends on, beside model and data."""
+
+    method: MethodSpec
+    training: TrainingSpec
+    """With the stage's own sizes of batches."""
+    scope: StageScope
+    rows: int
+    """Rows that the stage sees."""
+    is_first: bool
+    """Whether the stage is the first to run, which computes what all of them read."""
+
+
+def add_protection(
+    estimate: StageEstimate,
+    protection: ProtectionSpec | None,
+    facts: Facts,
+    stage: ProtectedStage,
+    machine: Machine,
+) -> StageEstimate:
+    """Return `estimate` with what distillation, anchor and replay need on top."""
+    if protection is None:
+        return estimate
+    memory = _memory_bytes(protection, facts, stage, machine)
+    flops = _step_flops(protection, facts, stage)
+    factor = (estimate.step_flops + flops) / max(estimate.step_flops, 1)
+    return estimate.model_copy(
+        update={
+            "activation_bytes": estimate.activation_bytes + memory,
+            "memory_bytes": estimate.memory_bytes + memory,
+            "disk_bytes": estimate.disk_bytes + _disk_bytes(protection, facts, stage),
+            "step_flops": estimate.step_flops + flops,
+            "relative_step_flops": round(estimate.relative_step_flops * factor, 6),
+        }
+    )
+
+
+def has_weight(part: object) -> bool:
+    """Whether a part of the protection is there and counts for something."""
+    return getattr(part, "weight", 0.0) > 0
+
+
+def replayed_rows(ratio: float, batch_size: int) -> int:
+    """Return how many rows are added to each batch."""
+    return max(1, round(ratio * batch_size))
+
+
+def _step_flops(protection: ProtectionSpec, facts: Facts, stage: ProtectedStage) -> int:
+    """Return the operations that one optimizer step has more.
+
+    Replayed rows cost as other rows do, with all their tokens at the head. Distillation takes its
+    logits from those of the loss and computes them once more where a micro-batch has more answer
+    tokens than the hidden size. The anchor multiplies no matrix.
+    """
+    model, flops = facts.model, 0
+    if protection.replay is not None:
+        rows = replayed_rows(protection.replay.ratio, stage.training.batch_size)
+        training = stage.training.model_copy(update={"batch_size": rows})
+        replayed = facts.model_copy(update={"data": _replay_data(facts.data)})
+        flops += step_flops(replayed, stage.method, training, stage.scope)
+    if has_weight(protection.distillation):
+        answers_of_row = facts.data.train_answer_tokens / facts.data.train_rows
+        if stage.training.micro_batch_size * answers_of_row > model.hidden_size:
+            answers = stage.training.batch_size * answers_of_row
+            flops += round(answers * 2 * model.vocab_size * model.hidden_size)
+    return flops
+
+
+def _replay_data(data: DataFacts) -> DataFacts:
+    """Return the replayed rows as if they were trained on; before prepare, as long as can be."""
+    rows = data.replay_rows or 1
+    tokens = data.replay_tokens or data.max_row_tokens
+    return data.model_copy(
+        update={"train_rows": rows, "train_tokens": tokens, "train_answer_tokens": tokens - rows}
+    )
+
+
+def _memory_bytes(
+    protection: ProtectionSpec, facts: Facts, stage: ProtectedStage, machine: Machine
+) -> int:
+    """Return the bytes that stand on the device on top, at the widest point.
+
+    Distillation keeps, for each answer token up to the hidden size, the logits without the
+    likeliest tokens and their softmax (8 bytes for each token of the vocabulary). The anchor keeps
+    both hidden states and their difference in fp32 and the base's as stored (14 bytes for each
+    number). All tokens of a replayed row are at the head.
+    """
+    model, data = facts.model, facts.data
+    tokens = stage.training.micro_batch_size * data.max_row_tokens
+    answers = -(-tokens * data.train_answer_tokens // data.train_tokens)
+    at_head = min(answers, model.hidden_size)
+    total = 0
+    if has_weight(protection.distillation):
+        total += at_head * model.vocab_size * 8
+    if has_weight(protection.anchor):
+        total += tokens * model.hidden_size * 14
+    if protection.replay is not None:
+        element = element_bytes(stage.training, machine)
+        more = min(tokens, model.hidden_size) - at_head
+        total = max(total, more * model.vocab_size * (8 + element))
+    return total
+
+
+def _disk_bytes(protection: ProtectionSpec, facts: Facts, stage: ProtectedStage) -> int:
+    """Return the bytes on the volume: the teacher with the first stage, hidden states with each."""
+    data, total = facts.data, 0
+    if (
+        stage.is_first
+        and protection.distillation is not None
+        and has_weight(protection.distillation)
+    ):
+        top_k = min(protection.distillation.top_k, facts.model.vocab_size)
+        total += data.train_answer_tokens * (top_k * _TOKEN_AND_PROBABILITY_BYTES + _REST_BYTES)
+    if has_weight(protection.anchor):
+        tokens = round(stage.rows * data.train_tokens / data.train_rows)
+        total += tokens * facts.model.hidden_size * _HIDDEN_STATE_BYTES
+    return total

@@ -1,0 +1,171 @@
+"""What protects a stage from forgetting, put together for the Train task.
+
+Three moments: the bare base is in memory (`look_at_base`: what it says and holds is put onto the
+volume, unless it is there), the stage is open (`objective`, `rows`, `meters`), and the stage is
+published (`close`).
+"""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+from stagetune_api import names
+from stagetune_api.spec import MethodType
+from stagetune_api.stage import PlannedStage, StageConfig
+from stagetune_trainer.checkpoint import Fence, remove_drafts
+from stagetune_trainer.data.batches import Batch, TrainingRows, open_split
+from stagetune_trainer.data.store import Split
+from stagetune_trainer.decoder import Decoder
+from stagetune_trainer.errors import InterruptedRunError
+from stagetune_trainer.loop import StopRequest
+from stagetune_trainer.loss import AnswerLoss
+from stagetune_trainer.metrics import ProgressLog
+from stagetune_trainer.model import Numerics
+from stagetune_trainer.protect.anchor import Anchor, store_hidden_states
+from stagetune_trainer.protect.meters import Meters, open_meters
+from stagetune_trainer.protect.objective import Objective
+from stagetune_trainer.protect.reference import ReferenceFolder
+from stagetune_trainer.protect.replay import RowsWithReplay, open_replay_rows
+from stagetune_trainer.protect.teacher import METER_TOP_K, Teacher, TeacherSpec, open_teacher
+
+
+class Protection:
+    """The protection of one stage."""
+
+    def __init__(
+        self,
+        config: StageConfig,
+        stage: PlannedStage,
+        numerics: Numerics,
+        *,
+        fence: Fence,
+        log: ProgressLog,
+        stop: StopRequest,
+    ) -> None:
+        self._config = config
+        self._stage = stage
+        self._numerics = numerics
+        self._fence = fence
+        self._log = log
+        self._stop = stop
+        layout = names.RunLayout(Path(config.run_directory))
+        self._cache = layout.cache
+        self._stage_root = layout.stage(stage.directory).root
+        spec = config.protection
+        self._distillation = spec.distillation if _counts(spec.distillation) else None
+        self._anchor = spec.anchor if _counts(spec.anchor) else None
+        self._replay = spec.replay
+        self._meter_teacher: Teacher | None = None
+        self._teacher: Teacher | None = None
+        self._hidden_states: Path | None = None
+
+    def look_at_base(self, decoder: Decoder) -> None:
+        """Make sure that the volume holds what `decoder`, the bare base model, has to say.
+
+        Raises FencedError, InterruptedRunError when asked to stop, OSError as the file system does.
+        """
+        self._cache.mkdir(parents=True, exist_ok=True)
+        self._fence.check()
+        remove_drafts(self._cache)
+        self._meter_teacher = self._open_teacher(decoder, Split.VALIDATION, METER_TOP_K)
+        if self._distillation is not None:
+            top_k = self._distillation.top_k
+            self._teacher = self._open_teacher(
+                decoder, Split.TRAIN, top_k, before_batch=self._leave_if_asked
+            )
+        if self._anchor is not None:
+            rows = open_split(self._config, Split.TRAIN)
+            training = TrainingRows(
+                rows,
+                stage=self._stage,
+                seed=self._config.training.seed,
+                batch_size=self._config.training.batch_size,
+                micro_batch_size=self._micro_batch_size,
+            )
+            self._hidden_states = store_hidden_states(
+                self._folder(self._stage_root),
+                decoder,
+                self._numerics,
+                rows,
+                layer=self._stage.layers.last,
+                indices=training.all_indices(),
+                micro_batch_size=self._micro_batch_size,
+                before_batch=self._leave_if_asked,
+            )
+
+    def objective(self, loss: AnswerLoss) -> Objective:
+        """Return what the open stage minimises; after `look_at_base`."""
+        anchor = None
+        if self._hidden_states is not None:
+            if self._config.method.type is MethodType.EXPAND:
+                raise ValueError("an expanded model has no layer to be anchored")
+            layer = loss.decoder.layers[self._stage.layers.last]
+            anchor = Anchor(self._hidden_states, layer)
+        return Objective(
+            loss,
+            teacher=self._teacher,
+            distillation_weight=self._distillation.weight if self._distillation else 0.0,
+            anchor=anchor,
+            anchor_weight=self._anchor.weight if self._anchor else 0.0,
+            replay_weight=self._replay.ratio if self._replay else 0.0,
+        )
+
+    def micro_batches(self, rows: TrainingRows) -> Callable[[int], list[Batch]]:
+        """Return the micro-batches of a step, those of replayed text among them."""
+        if self._replay is None:
+            return rows.micro_batches
+        replay = open_replay_rows(self._config, self._stage, self._replay.ratio)
+        return RowsWithReplay(rows, replay).micro_batches
+
+    def meters(self, loss: AnswerLoss) -> Meters:
+        """Return what is measured beside the validation loss; after `look_at_base`."""
+        if self._meter_teacher is None:
+            raise ValueError("the base model was not looked at")
+        return open_meters(
+            self._config, loss, self._numerics, self._meter_teacher, lambda: self._stop.requested
+        )
+
+    def close(self) -> None:
+        """Remove what only this stage needed; after its output is published."""
+        anchor = names.StageLayout(self._stage_root).anchor
+        if anchor.exists():
+            self._fence.check()
+            shutil.rmtree(anchor)
+
+    @property
+    def _micro_batch_size(self) -> int:
+        return self._stage.micro_batch_size or self._config.training.micro_batch_size
+
+    def _open_teacher(
+        self,
+        decoder: Decoder,
+        split: Split,
+        top_k: int,
+        before_batch: Callable[[], None] = lambda: None,
+    ) -> Teacher:
+        spec = TeacherSpec(
+            name=split.value,
+            rows=open_split(self._config, split),
+            top_k=top_k,
+            micro_batch_size=self._micro_batch_size,
+        )
+        return open_teacher(
+            self._folder(self._cache),
+            spec,
+            lambda: AnswerLoss(decoder),
+            self._numerics,
+            vocabulary=decoder.head_weight.shape[0],
+            before_batch=before_batch,
+        )
+
+    def _folder(self, directory: Path) -> ReferenceFolder:
+        return ReferenceFolder(directory, self._config, self._numerics, self._fence, self._log)
+
+    def _leave_if_asked(self) -> None:
+        if self._stop.requested:
+            raise InterruptedRunError("no step was taken: the base model was being looked at")
+
+
+def _counts(spec: object) -> bool:
+    """Whether a part of the protection is there and has a weight."""
+    return getattr(spec, "weight", 0.0) > 0

@@ -1,0 +1,98 @@
+"""References: what the base model computed about the data, as artifacts that anybody may drop.
+
+They are verified byte by byte before they are used and computed anew where they are not there, are
+damaged, or were made from anything else: nothing is lost with them but time.
+"""
+
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from stagetune_api.artifact import (
+    ArtifactContent,
+    ArtifactError,
+    ArtifactKind,
+    digest_of_json,
+    verify_artifact,
+)
+from stagetune_api.spec import MethodType
+from stagetune_api.stage import StageConfig
+from stagetune_trainer.checkpoint import Fence, provenance_of, publish_directory
+from stagetune_trainer.metrics import ProgressLog
+from stagetune_trainer.model import Numerics
+
+_FORMAT = 1
+"""Raised when a file of before would be read wrongly."""
+
+
+class ReferenceFolder:
+    """A folder on the volume that holds references for one base model and one set of rows."""
+
+    def __init__(
+        self,
+        directory: Path,
+        config: StageConfig,
+        numerics: Numerics,
+        fence: Fence,
+        log: ProgressLog,
+    ) -> None:
+        self._directory = directory
+        self._config = config
+        self._numerics = numerics
+        self._fence = fence
+        self._log = log
+
+    def obtain(
+        self,
+        name: str,
+        kind: ArtifactKind,
+        settings: Mapping[str, object],
+        write: Callable[[Path], None],
+    ) -> Path:
+        """Return the sound artifact `name` of `settings`; `write` fills a folder where it is not.
+
+        Raises FencedError, OSError as the file system does, and what `write` raises.
+        """
+        directory = self._directory / name
+        digest = self._settings_digest(settings)
+        try:
+            manifest = verify_artifact(directory, kind=kind)
+            if manifest.content.settings == digest:
+                return directory
+            what = "was made from something else"
+        except ArtifactError as error:
+            what = str(error)
+        if directory.exists():
+            self._log.message(f"computed anew: {directory}: {what}")
+            # What can be computed again is not worth the disk that a damaged copy takes.
+            self._fence.check()
+            shutil.rmtree(directory)
+        self._log.message(f"computing {directory} with the base model")
+        publish_directory(
+            directory,
+            write,
+            content=lambda files: ArtifactContent(
+                kind=kind,
+                name=name,
+                base=self._config.model_digest,
+                data=self._config.data_digest,
+                settings=digest,
+                files=files,
+            ),
+            provenance=provenance_of(self._config.run_name, self._config.attempt),
+            before_rename=self._fence.check,
+        )
+        return directory
+
+    def _settings_digest(self, settings: Mapping[str, object]) -> str:
+        """Return the digest of all that decides the numbers, but for rounding."""
+        return digest_of_json(
+            {
+                "format": _FORMAT,
+                "base": self._config.model_digest,
+                "data": self._config.data_digest,
+                "dtype": str(self._numerics.dtype),
+                "quantised": self._config.method.type is MethodType.QLORA,
+                **settings,
+            }
+        )
