@@ -306,7 +306,10 @@ def make_later_config(
     prepared: dict[str, StageReport] = {}
 
     def make(task: str, *, chain: Iterable[StageReport] = (), **fields: Any) -> StageConfig:
-        before = ("model", "dataset", "run_directory", "claims_directory", "protection")
+        before = (
+            *("model", "dataset", "run_directory", "claims_directory"),
+            *("protection", "evaluation"),
+        )
         base = {name: fields[name] for name in before if name in fields}
         key = json.dumps(base, sort_keys=True)
         if key not in prepared:

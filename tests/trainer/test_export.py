@@ -74,6 +74,8 @@ def test_result_keeps_what_gives_the_export_again(export: Export, tmp_path: Path
     first = export("Result")
     gone = before - files(tmp_path / "run")
     assert {name.split("/step-")[0] for name in gone} == {
+        "cache/teacher-validation/manifest.json",
+        "cache/teacher-validation/teacher.safetensors",
         "prepare/data/manifest.json",
         "prepare/data/train/rows.arrow",
         "prepare/data/validation/rows.arrow",
