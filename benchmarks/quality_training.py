@@ -180,7 +180,10 @@ def _config(
         training=spec.training,
         protection=spec.protection or ProtectionSpec(),
         gradient_norm=spec.gradient_profile if task is Task.PREPARE else None,
-        evaluation=spec.evaluation,
+        # No arm pays for what is measured here anyway.
+        evaluation=spec.evaluation.model_copy(update={"general_text": None})
+        if task is Task.TRAIN
+        else spec.evaluation,
         export=spec.export,
         model_directory=facts.model_directory if facts else None,
         model_digest=facts.model.digest if facts else None,

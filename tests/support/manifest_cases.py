@@ -604,6 +604,7 @@ CASES = {
             {
                 "spec.protection": {"replay": REPLAY},
                 "spec.training.optimizerInBackward": True,
+                "spec.training.microBatchSize": 16,
             },
             {"spec.protection": {"replay": REPLAY}},
             "spec.protection.replay",

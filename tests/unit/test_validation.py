@@ -186,7 +186,6 @@ def test_message_shows_the_value_and_what_is_expected(
     ("path", "value"),
     [
         ("spec.training.prefixCache", "Auto"),
-        ("spec.protection", {"averaging": {"alpha": 0.5}}),
         ("spec.runtime", {"engine": "DeepSpeed"}),
         ("spec.serve", {"replicas": 1}),
         ("spec.model.source", "s3://bucket/model"),
