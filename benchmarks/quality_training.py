@@ -23,8 +23,9 @@ from transformers import AutoTokenizer
 from quality_arms import BASE_FILE, Cell
 from stagetune_api.facts import Facts
 from stagetune_api.names import RunLayout
-from stagetune_api.spec import ProtectionSpec, StagedFineTune, StagedFineTuneSpec
+from stagetune_api.spec import StagedFineTune, StagedFineTuneSpec
 from stagetune_api.stage import ParentRef, PlannedStage, StageConfig, Task
+from stagetune_api.training_spec import ProtectionSpec
 from stagetune_api.validation import parse_manifest
 from stagetune_operator.estimate import Machine
 from stagetune_operator.plan import Plan, make_plan

@@ -17,8 +17,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from stagetune_api.spec import LayerRange, MethodSpec
 from stagetune_api.stage import PlannedStage, RowRange, StageEstimate
+from stagetune_api.training_spec import LayerRange, MethodSpec
 from stagetune_trainer.decoder import checkpoint_activations, find_decoder, freeze_prefix
 from stagetune_trainer.loss import AnswerLoss
 from stagetune_trainer.methods import make_method

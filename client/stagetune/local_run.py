@@ -31,7 +31,7 @@ from stagetune_api.names import RunLayout, StageLayout, TrainerExitCode
 from stagetune_api.problems import InvalidManifestError
 from stagetune_api.progress import Progress
 from stagetune_api.report import Failure, FailureClass, StageReport
-from stagetune_api.spec import ProtectionSpec, StagedFineTuneSpec
+from stagetune_api.spec import StagedFineTuneSpec
 from stagetune_api.spec_checks import Runner, check_runner
 from stagetune_api.stage import ParentRef, PlannedStage, StageConfig, Task, training_of_stage
 from stagetune_api.status import (
@@ -40,6 +40,7 @@ from stagetune_api.status import (
     RunState,
     StageState,
 )
+from stagetune_api.training_spec import ProtectionSpec
 from stagetune_operator.estimate import Machine
 from stagetune_operator.gradient_groups import describe_gradients
 from stagetune_operator.plan import Plan, make_plan

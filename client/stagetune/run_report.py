@@ -18,9 +18,10 @@ from stagetune_api.report import (
     StageReport,
     StopReason,
 )
-from stagetune_api.spec import LayerRange, StagedFineTune
+from stagetune_api.spec import StagedFineTune
 from stagetune_api.stage import StageEstimate
 from stagetune_api.status import StageState
+from stagetune_api.training_spec import LayerRange
 from stagetune_operator.plan import Plan
 
 

@@ -16,7 +16,7 @@ from pydantic import Field, StringConstraints, ValidationError
 
 from stagetune_api import names
 from stagetune_api.base import ApiModel
-from stagetune_api.spec import LayerRange
+from stagetune_api.training_spec import LayerRange
 
 Sha256 = Annotated[str, StringConstraints(pattern=r"^[0-9a-f]{64}$")]
 _READ_BYTES = 1 << 20

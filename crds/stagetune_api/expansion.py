@@ -5,7 +5,7 @@ count layers as in the base, from 0; `expanded_index` and `block_indices` say wh
 the blocks stand in the deeper model. Plan and trainer count by the same functions.
 """
 
-from stagetune_api.spec import LayerRange
+from stagetune_api.training_spec import LayerRange
 
 
 def num_blocks(num_layers: int, layers_per_block: int) -> int:

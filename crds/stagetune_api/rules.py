@@ -13,8 +13,9 @@ inside; a rule that reads those defaults therefore stands on `spec`, which has n
 from stagetune_api import names
 from stagetune_api.rule import Rule
 from stagetune_api.schedule_rules import SCHEDULE_RULES
-from stagetune_api.spec import MethodType, StagedFineTuneSpec
+from stagetune_api.spec import StagedFineTuneSpec
 from stagetune_api.status import ConditionStatus, ConditionType, StageState
+from stagetune_api.training_spec import MethodType
 
 _USES_LORA = f"self.method.type in ['{MethodType.LORA}', '{MethodType.QLORA}']"
 _HAS_REPLAY = "(has(self.protection) && has(self.protection.replay))"

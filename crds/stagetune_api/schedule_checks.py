@@ -7,7 +7,8 @@ from collections.abc import Iterator
 
 from stagetune_api import names
 from stagetune_api.problems import Problem, conflict
-from stagetune_api.spec import (
+from stagetune_api.spec import StagedFineTuneSpec
+from stagetune_api.training_spec import (
     DataPartition,
     EmbeddingsPolicy,
     ExplicitStageSpec,
@@ -15,7 +16,6 @@ from stagetune_api.spec import (
     MethodType,
     Order,
     ScheduleSpec,
-    StagedFineTuneSpec,
 )
 
 _SLACK = 1e-9

@@ -5,7 +5,7 @@ The rules with which sections stand beside one another are in `rules` itself.
 
 from stagetune_api import names
 from stagetune_api.rule import Rule
-from stagetune_api.spec import MethodType, Order
+from stagetune_api.training_spec import MethodType, Order
 
 _BY_GRADIENT = f"self.order == '{Order.GRADIENT_NORM}'"
 

@@ -11,13 +11,13 @@ from enum import StrEnum
 from stagetune_api.problems import Problem, ProblemReason, conflict, not_yet
 from stagetune_api.spec import (
     ExportFormat,
-    MethodType,
     RetainPolicy,
     StagedFineTuneSpec,
     TaintEffect,
     TolerationOperator,
 )
 from stagetune_api.training_checks import TRAINING_RULES, check_not_yet_supported
+from stagetune_api.training_spec import MethodType
 
 _CLAIM_SOURCE = r"[a-z0-9]([-a-z0-9.]*[a-z0-9])?(/(?!\.\.?(/|$))[^/]+)+/?"
 """What stands after pvc://: the name of a claim and a path on it that stays on it."""

@@ -6,16 +6,12 @@ from typing import Annotated, Literal, Protocol, Self
 from pydantic import Field, model_validator
 
 from stagetune_api.base import ApiModel
-from stagetune_api.spec import (
-    DatasetSpec,
-    EvaluationSpec,
-    ExportSpec,
+from stagetune_api.spec import DatasetSpec, EvaluationSpec, ExportSpec, ModelSpec, RetainPolicy
+from stagetune_api.training_spec import (
     GradientNormSpec,
     LayerRange,
     MethodSpec,
-    ModelSpec,
     ProtectionSpec,
-    RetainPolicy,
     TrainingSpec,
 )
 

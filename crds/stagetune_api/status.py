@@ -9,8 +9,8 @@ from pydantic import Field
 
 from stagetune_api.base import ApiModel
 from stagetune_api.report import CheckpointRef, EvaluationResult, Failure, StopReason
-from stagetune_api.spec import LayerRange
 from stagetune_api.stage import StageEstimate
+from stagetune_api.training_spec import LayerRange
 
 
 class ConditionType(StrEnum):

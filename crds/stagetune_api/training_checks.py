@@ -9,15 +9,13 @@ from pydantic.alias_generators import to_camel
 
 from stagetune_api.problems import Problem, ProblemReason, conflict, not_yet
 from stagetune_api.schedule_checks import check_schedule_options, check_stage_options
-from stagetune_api.spec import (
+from stagetune_api.spec import EngineType, ExportFormat, StagedFineTuneSpec
+from stagetune_api.training_spec import (
     AdapterScope,
-    EngineType,
     ExplicitStageSpec,
-    ExportFormat,
     MethodSpec,
     MethodType,
     PrefixCache,
-    StagedFineTuneSpec,
 )
 
 

@@ -15,7 +15,8 @@ from pydantic import Field
 from stagetune_api import expansion
 from stagetune_api.base import ApiModel
 from stagetune_api.facts import DataFacts, Facts, ModelFacts
-from stagetune_api.spec import (
+from stagetune_api.stage import StageEstimate
+from stagetune_api.training_spec import (
     ExpandSpec,
     GradientCheckpointing,
     LayerRange,
@@ -25,7 +26,6 @@ from stagetune_api.spec import (
     Precision,
     TrainingSpec,
 )
-from stagetune_api.stage import StageEstimate
 from stagetune_operator.state_bytes import state_bytes
 
 DEVICE_CONTEXT_BYTES = 6 * 2**30 // 10

@@ -9,8 +9,8 @@ from pathlib import PurePosixPath
 
 from stagetune_api.names import TrainerExitCode
 from stagetune_api.report import Failure, FailureClass
-from stagetune_api.spec import TrainingSpec
 from stagetune_api.stage import PlannedStage, Task
+from stagetune_api.training_spec import TrainingSpec
 from stagetune_operator.stage_files import PREPARE, Step
 from stagetune_operator.views import JobView, PodView
 

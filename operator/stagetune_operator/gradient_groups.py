@@ -13,7 +13,7 @@ from pydantic import Field
 
 from stagetune_api.base import ApiModel
 from stagetune_api.facts import GradientFacts
-from stagetune_api.spec import GradientNormSpec, LayerRange
+from stagetune_api.training_spec import GradientNormSpec, LayerRange
 
 
 class GradientDecision(StrEnum):

@@ -6,7 +6,7 @@
 from collections.abc import Sequence
 
 from stagetune_api import names
-from stagetune_api.spec import LayerRange, ScheduleSpec
+from stagetune_api.training_spec import LayerRange, ScheduleSpec
 
 
 def split_layers(schedule: ScheduleSpec, num_layers: int) -> list[LayerRange]:

@@ -16,15 +16,10 @@ from stagetune_api.artifact import digest_of_json
 from stagetune_api.base import ApiModel
 from stagetune_api.facts import Facts
 from stagetune_api.problems import Problem
-from stagetune_api.spec import (
-    AdapterScope,
-    LoraSpec,
-    MethodSpec,
-    StagedFineTuneSpec,
-    TrainingSpec,
-)
+from stagetune_api.spec import StagedFineTuneSpec
 from stagetune_api.spec_checks import check_spec
 from stagetune_api.stage import PlannedStage, RowRange, StageEstimate, training_of_stage
+from stagetune_api.training_spec import AdapterScope, LoraSpec, MethodSpec, TrainingSpec
 from stagetune_operator.estimate import (
     CLUSTER_GPU,
     Machine,

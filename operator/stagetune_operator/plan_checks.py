@@ -8,14 +8,9 @@ from collections.abc import Iterator, Sequence
 from stagetune_api.expansion import block_indices
 from stagetune_api.facts import DataFacts, Facts, ModelFacts
 from stagetune_api.problems import Problem, ProblemReason
-from stagetune_api.spec import (
-    DataPartition,
-    ExpandSpec,
-    GradientCheckpointing,
-    MethodType,
-    StagedFineTuneSpec,
-)
+from stagetune_api.spec import StagedFineTuneSpec
 from stagetune_api.stage import PlannedStage, training_of_stage
+from stagetune_api.training_spec import DataPartition, ExpandSpec, GradientCheckpointing, MethodType
 from stagetune_operator.estimate import DEVICE_CONTEXT_BYTES, Machine, is_target
 from stagetune_operator.schedule import Draft, deal_rows
 from stagetune_operator.schedule_checks import find_schedule_problems

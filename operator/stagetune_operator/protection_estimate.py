@@ -7,8 +7,8 @@ the formulas in words.
 from dataclasses import dataclass
 
 from stagetune_api.facts import DataFacts, Facts
-from stagetune_api.spec import MethodSpec, ProtectionSpec, TrainingSpec
 from stagetune_api.stage import StageEstimate
+from stagetune_api.training_spec import MethodSpec, ProtectionSpec, TrainingSpec
 from stagetune_operator.estimate import (
     Machine,
     StageScope,

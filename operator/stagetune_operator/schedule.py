@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from stagetune_api.facts import GradientFacts
-from stagetune_api.spec import (
+from stagetune_api.spec import StagedFineTuneSpec
+from stagetune_api.training_spec import (
     DataPartition,
     EmbeddingsPolicy,
     ExplicitStageSpec,
@@ -19,7 +20,6 @@ from stagetune_api.spec import (
     LearningRateByDepth,
     Order,
     ScheduleSpec,
-    StagedFineTuneSpec,
     TrainingSpec,
 )
 from stagetune_operator.gradient_groups import GradientPlan, decide_groups, flat_profile

@@ -5,13 +5,8 @@ from collections.abc import Iterator, Sequence
 from stagetune_api import names
 from stagetune_api.facts import Facts, ModelFacts
 from stagetune_api.problems import Problem, ProblemReason
-from stagetune_api.spec import (
-    AdapterScope,
-    LoraSpec,
-    MethodType,
-    ScheduleSpec,
-    StagedFineTuneSpec,
-)
+from stagetune_api.spec import StagedFineTuneSpec
+from stagetune_api.training_spec import AdapterScope, LoraSpec, MethodType, ScheduleSpec
 from stagetune_operator.layer_groups import split_layers
 from stagetune_operator.schedule import Draft
 

@@ -11,8 +11,9 @@ from pathlib import Path
 from stagetune_api import names
 from stagetune_api.facts import Facts
 from stagetune_api.names import RunLayout
-from stagetune_api.spec import ProtectionSpec, StagedFineTuneSpec
+from stagetune_api.spec import StagedFineTuneSpec
 from stagetune_api.stage import ParentRef, PlannedStage, StageConfig, Task, training_of_stage
+from stagetune_api.training_spec import ProtectionSpec
 from stagetune_operator.ownership import Owner
 
 

@@ -5,7 +5,7 @@ A part of `estimate`; docs/plan.md explains the numbers in words.
 
 from dataclasses import dataclass
 
-from stagetune_api.spec import MethodSpec, MethodType, OptimizerType, TrainingSpec
+from stagetune_api.training_spec import MethodSpec, MethodType, OptimizerType, TrainingSpec
 
 _BLOCK_SIZE = 256
 """Values of an 8-bit moment that share an fp32 scale."""

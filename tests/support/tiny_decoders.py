@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM
 
-from stagetune_api.spec import LayerRange
 from stagetune_api.stage import PlannedStage, RowRange, StageEstimate
+from stagetune_api.training_spec import LayerRange
 from stagetune_trainer.decoder import Decoder, find_decoder
 
 NO_ESTIMATE = StageEstimate(

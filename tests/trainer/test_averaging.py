@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 
 from stagetune_api.names import TrainerExitCode
 from stagetune_api.report import EvaluationResult, StageReport
-from stagetune_api.spec import DepthScalingSpec
 from stagetune_api.stage import StageConfig
+from stagetune_api.training_spec import DepthScalingSpec
 from stagetune_trainer.assemble import assemble
 from stagetune_trainer.averaging import choose_alpha, depth_of_layer
 from stagetune_trainer.run import run_task

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from stagetune_api.spec import LayerRange
 from stagetune_api.stage import PlannedStage, RowRange, StageEstimate
+from stagetune_api.training_spec import LayerRange
 from stagetune_trainer.data.batches import FixedRows, TrainingRows, collate, permutation
 from stagetune_trainer.data.store import RowReader, RowWriter, StoredRow
 

@@ -8,7 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from stagetune_api.spec import LayerRange
+from stagetune_api.training_spec import LayerRange
 from stagetune_trainer.decoder import (
     Decoder,
     checkpoint_activations,

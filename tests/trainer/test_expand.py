@@ -15,8 +15,8 @@ import tiny_decoders
 from stagetune_api.expansion import block_indices, expanded_index, num_blocks
 from stagetune_api.names import TrainerExitCode
 from stagetune_api.report import StageReport
-from stagetune_api.spec import ExpandSpec, LayerRange
 from stagetune_api.stage import StageConfig
+from stagetune_api.training_spec import ExpandSpec, LayerRange
 from stagetune_trainer.decoder import freeze_prefix
 from stagetune_trainer.errors import UserError
 from stagetune_trainer.methods.expand import ExpandMethod, check_expandable, residual_writers

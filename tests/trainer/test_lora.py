@@ -13,8 +13,8 @@ from transformers import AutoModelForCausalLM
 import tiny_decoders
 from stagetune_api.names import TrainerExitCode
 from stagetune_api.report import StageReport
-from stagetune_api.spec import LayerRange, LoraSpec
 from stagetune_api.stage import StageConfig
+from stagetune_api.training_spec import LayerRange, LoraSpec
 from stagetune_trainer.methods import make_method
 from stagetune_trainer.methods.adapters import adapted_modules, merge_adapters, module_of
 from stagetune_trainer.methods.lora import LoraMethod

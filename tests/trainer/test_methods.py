@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from stagetune_api.spec import LayerRange, LoraSpec, MethodSpec, TrainingSpec
+from stagetune_api.training_spec import LayerRange, LoraSpec, MethodSpec, TrainingSpec
 from stagetune_trainer.methods import make_method
 from stagetune_trainer.methods.adapters import merge_adapters
 from stagetune_trainer.methods.lora import LoraMethod

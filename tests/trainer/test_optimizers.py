@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from stagetune_api import names
 from stagetune_api.names import TrainerExitCode
 from stagetune_api.report import FailureClass, Outcome, StageReport
-from stagetune_api.spec import OptimizerType, Precision, TrainingSpec
 from stagetune_api.stage import StageConfig
+from stagetune_api.training_spec import OptimizerType, Precision, TrainingSpec
 from stagetune_trainer import adamw_8bit
 from stagetune_trainer.adamw_8bit import AdamW8bit
 from stagetune_trainer.loss import OutputHead

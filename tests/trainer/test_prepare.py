@@ -17,8 +17,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from stagetune_api.artifact import ArtifactError, ArtifactKind, verify_artifact
 from stagetune_api.facts import Facts
 from stagetune_api.report import Outcome
-from stagetune_api.spec import DataFormat, LayerRange
+from stagetune_api.spec import DataFormat
 from stagetune_api.stage import PlannedStage, RowRange, StageConfig, StageEstimate, Task
+from stagetune_api.training_spec import LayerRange
 from stagetune_trainer.checkpoint import Fence
 from stagetune_trainer.data.batches import (
     open_general_rows,

@@ -11,8 +11,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional
 
-from stagetune_api.spec import LayerRange
 from stagetune_api.stage import PlannedStage, StageConfig
+from stagetune_api.training_spec import LayerRange
 from stagetune_trainer.checkpoint import Fence
 from stagetune_trainer.data.batches import (
     IGNORED,

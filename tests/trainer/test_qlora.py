@@ -17,8 +17,8 @@ from transformers import AutoModelForCausalLM
 import tiny_decoders
 from stagetune_api.names import TrainerExitCode
 from stagetune_api.report import StageReport
-from stagetune_api.spec import LayerRange, LoraSpec
 from stagetune_api.stage import StageConfig
+from stagetune_api.training_spec import LayerRange, LoraSpec
 from stagetune_trainer.large_packages import hide_large_packages
 from stagetune_trainer.methods import nf4
 from stagetune_trainer.methods.nf4 import Nf4Linear

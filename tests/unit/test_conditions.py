@@ -4,7 +4,6 @@ from collections.abc import Sequence
 
 import pytest
 
-from stagetune_api.spec import LayerRange
 from stagetune_api.status import (
     ConditionReason,
     ConditionType,
@@ -14,6 +13,7 @@ from stagetune_api.status import (
     StageStatus,
     TaskStatus,
 )
+from stagetune_api.training_spec import LayerRange
 from stagetune_operator.conditions import Standing, with_standing
 
 NOW, LATER = "2026-01-01T00:00:00Z", "2026-01-01T01:00:00Z"

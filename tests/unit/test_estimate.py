@@ -15,7 +15,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
 from stagetune_api.facts import DataFacts, Facts, ModelFacts
-from stagetune_api.spec import (
+from stagetune_api.stage import StageEstimate
+from stagetune_api.training_spec import (
     ExpandSpec,
     LayerRange,
     LoraSpec,
@@ -23,7 +24,6 @@ from stagetune_api.spec import (
     MethodType,
     TrainingSpec,
 )
-from stagetune_api.stage import StageEstimate
 from stagetune_operator.estimate import (
     DEVICE_CONTEXT_BYTES,
     Machine,

@@ -3,7 +3,6 @@
 from typing import Any
 
 from stagetune_api.report import Failure, FailureClass
-from stagetune_api.spec import LayerRange
 from stagetune_api.status import (
     ConditionReason,
     RunState,
@@ -12,6 +11,7 @@ from stagetune_api.status import (
     StageStatus,
     TaskStatus,
 )
+from stagetune_api.training_spec import LayerRange
 from stagetune_operator.conditions import Standing, with_standing
 from stagetune_operator.events import Event, events_between
 

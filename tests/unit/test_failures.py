@@ -7,8 +7,8 @@ import pytest
 from stagetune_api import names
 from stagetune_api.names import TrainerExitCode
 from stagetune_api.report import Failure, FailureClass, Outcome, StageReport
-from stagetune_api.spec import LayerRange, TrainingSpec
 from stagetune_api.stage import PlannedStage, RowRange, StageEstimate, Task
+from stagetune_api.training_spec import LayerRange, TrainingSpec
 from stagetune_operator.failures import (
     GiveUp,
     Redo,

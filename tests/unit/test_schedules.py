@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from stagetune_api import names
 from stagetune_api.facts import DataFacts, Facts, GradientFacts, ModelFacts
 from stagetune_api.problems import Problem
-from stagetune_api.spec import GradientNormSpec, LayerRange, StagedFineTuneSpec
+from stagetune_api.spec import StagedFineTuneSpec
 from stagetune_api.stage import PlannedStage
+from stagetune_api.training_spec import GradientNormSpec, LayerRange
 from stagetune_operator.gradient_groups import (
     GradientDecision,
     decide_groups,

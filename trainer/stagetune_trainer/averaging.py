@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from stagetune_api.report import AveragingResult
-from stagetune_api.spec import DepthScalingSpec
 from stagetune_api.stage import StageConfig
+from stagetune_api.training_spec import DepthScalingSpec
 from stagetune_trainer.decoder import Decoder
 
 ALPHAS = tuple(step / 10 for step in range(11))

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from stagetune_api.spec import LayerRange
 from stagetune_api.stage import PlannedStage
+from stagetune_api.training_spec import LayerRange
 
 
 @dataclass(frozen=True, kw_only=True)

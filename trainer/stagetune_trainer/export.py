@@ -10,8 +10,9 @@ from transformers import AutoConfig, AutoTokenizer
 from stagetune_api import names
 from stagetune_api.artifact import ArtifactContent, ArtifactKind, verify_artifact
 from stagetune_api.report import CheckpointRef, Outcome, StageReport
-from stagetune_api.spec import ExportFormat, LoraSpec, RetainPolicy
+from stagetune_api.spec import ExportFormat, RetainPolicy
 from stagetune_api.stage import StageConfig, Task
+from stagetune_api.training_spec import LoraSpec
 from stagetune_trainer.assemble import assemble
 from stagetune_trainer.averaging import needs_averaging, scale_adapters
 from stagetune_trainer.checkpoint import Fence, provenance_of, publish_directory, remove_drafts

@@ -23,8 +23,8 @@ from stagetune_api.base import ApiModel
 from stagetune_api.facts import Facts, GradientFacts
 from stagetune_api.files import write_file_atomically
 from stagetune_api.problems import ProblemReason
-from stagetune_api.spec import GradientCheckpointing
 from stagetune_api.stage import StageConfig
+from stagetune_api.training_spec import GradientCheckpointing
 from stagetune_trainer.data.batches import Batch, open_profile_batches
 from stagetune_trainer.decoder import Decoder, checkpoint_activations, freeze_prefix
 from stagetune_trainer.errors import UserError

@@ -16,8 +16,8 @@ import torch
 
 from stagetune_api.progress import ProgressKind
 from stagetune_api.report import StopReason
-from stagetune_api.spec import EarlyStoppingSpec, LearningRateSchedule, TrainingSpec
 from stagetune_api.stage import PlannedStage
+from stagetune_api.training_spec import EarlyStoppingSpec, LearningRateSchedule, TrainingSpec
 from stagetune_trainer.data.batches import Batch
 from stagetune_trainer.errors import DivergedError, InterruptedRunError
 from stagetune_trainer.loss import AnswerLoss

@@ -12,8 +12,8 @@ from transformers import AutoModelForCausalLM
 
 from stagetune_api import names
 from stagetune_api.artifact import ArtifactError, ArtifactKind, verify_artifact
-from stagetune_api.spec import LayerRange, Precision
 from stagetune_api.stage import ParentRef
+from stagetune_api.training_spec import LayerRange, Precision
 from stagetune_trainer.decoder import Decoder, find_decoder
 from stagetune_trainer.methods import Method
 

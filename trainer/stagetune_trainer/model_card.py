@@ -5,8 +5,9 @@ from pathlib import Path
 
 from stagetune_api import names
 from stagetune_api.report import EvaluationResult, StageReport
-from stagetune_api.spec import ExpandSpec, ExportFormat, MethodType
+from stagetune_api.spec import ExportFormat
 from stagetune_api.stage import PlannedStage, StageConfig
+from stagetune_api.training_spec import ExpandSpec, MethodType
 from stagetune_trainer.averaging import alpha_of
 
 

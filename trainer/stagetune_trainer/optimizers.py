@@ -4,7 +4,7 @@ import torch
 from torch import nn
 from torch.optim import Optimizer
 
-from stagetune_api.spec import OptimizerType, TrainingSpec
+from stagetune_api.training_spec import OptimizerType, TrainingSpec
 from stagetune_trainer.adamw_8bit import AdamW8bit
 from stagetune_trainer.model import Numerics
 

@@ -7,8 +7,8 @@ import torch
 
 from stagetune_api.progress import ProgressKind
 from stagetune_api.report import CheckpointRef, Outcome, StageReport, TrainResult
-from stagetune_api.spec import GradientCheckpointing
 from stagetune_api.stage import PlannedStage, StageConfig, Task
+from stagetune_api.training_spec import GradientCheckpointing
 from stagetune_trainer.checkpoint import Fence
 from stagetune_trainer.data.batches import open_training_rows, open_validation_rows
 from stagetune_trainer.decoder import Decoder, checkpoint_activations, freeze_prefix

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from stagetune_api.spec import TrainingSpec
+from stagetune_api.training_spec import TrainingSpec
 
 
 class Update(Protocol):

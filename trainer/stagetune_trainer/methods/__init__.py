@@ -11,8 +11,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from stagetune_api.spec import LayerRange, MethodSpec, MethodType
 from stagetune_api.stage import PlannedStage
+from stagetune_api.training_spec import LayerRange, MethodSpec, MethodType
 from stagetune_trainer.decoder import Decoder
 
 

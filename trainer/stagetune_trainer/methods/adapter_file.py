@@ -12,7 +12,7 @@ import torch
 from peft import LoraConfig
 from torch import Tensor
 
-from stagetune_api.spec import AdapterScope, LoraSpec
+from stagetune_api.training_spec import AdapterScope, LoraSpec
 from stagetune_trainer.methods.adapters import FACTOR_A, FACTOR_B, MAGNITUDE, module_of
 from stagetune_trainer.methods.lora import LoraMethod
 

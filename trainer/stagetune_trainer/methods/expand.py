@@ -15,8 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from stagetune_api.expansion import block_indices, num_blocks
 from stagetune_api.problems import ProblemReason
-from stagetune_api.spec import ExpandSpec
 from stagetune_api.stage import PlannedStage
+from stagetune_api.training_spec import ExpandSpec
 from stagetune_trainer.decoder import Decoder, find_decoder
 from stagetune_trainer.errors import UserError
 from stagetune_trainer.methods.full import FullMethod

@@ -5,8 +5,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
-from stagetune_api.spec import LayerRange
 from stagetune_api.stage import PlannedStage
+from stagetune_api.training_spec import LayerRange
 from stagetune_trainer.decoder import Decoder
 from stagetune_trainer.methods import Method
 

@@ -10,8 +10,8 @@ import torch
 from peft import LoraConfig, inject_adapter_in_model
 from torch import Tensor, nn
 
-from stagetune_api.spec import AdapterScope, LayerRange, LoraSpec
 from stagetune_api.stage import PlannedStage
+from stagetune_api.training_spec import AdapterScope, LayerRange, LoraSpec
 from stagetune_trainer.decoder import Decoder
 from stagetune_trainer.methods import Method
 from stagetune_trainer.methods.adapters import (

@@ -10,8 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from stagetune_api import names
-from stagetune_api.spec import MethodType
 from stagetune_api.stage import PlannedStage, StageConfig
+from stagetune_api.training_spec import MethodType
 from stagetune_trainer.checkpoint import Fence, remove_drafts
 from stagetune_trainer.data.batches import Batch, TrainingRows, open_split
 from stagetune_trainer.data.store import Split

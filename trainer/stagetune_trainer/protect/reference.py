@@ -15,8 +15,8 @@ from stagetune_api.artifact import (
     digest_of_json,
     verify_artifact,
 )
-from stagetune_api.spec import MethodType
 from stagetune_api.stage import StageConfig
+from stagetune_api.training_spec import MethodType
 from stagetune_trainer.checkpoint import Fence, provenance_of, publish_directory
 from stagetune_trainer.metrics import ProgressLog
 from stagetune_trainer.model import Numerics
