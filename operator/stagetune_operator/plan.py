@@ -23,17 +23,16 @@ from stagetune_api.training_spec import AdapterScope, LoraSpec, MethodSpec, Trai
 from stagetune_operator.estimate import (
     CLUSTER_GPU,
     Machine,
-    StageScope,
     added_layers,
     estimate_full_fine_tuning,
     estimate_stage,
-    uses_adapters,
 )
 from stagetune_operator.gradient_groups import GradientPlan
 from stagetune_operator.plan_checks import find_memory_problems, find_problems
 from stagetune_operator.protection_estimate import ProtectedStage, add_protection
 from stagetune_operator.schedule import Draft, deal_rows, draft_stages, learning_rates
 from stagetune_operator.schedule_checks import find_profile_problems
+from stagetune_operator.stage_scope import StageScope, uses_adapters
 
 Count = Annotated[int, Field(ge=0)]
 

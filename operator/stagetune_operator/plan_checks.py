@@ -11,9 +11,10 @@ from stagetune_api.problems import Problem, ProblemReason
 from stagetune_api.spec import StagedFineTuneSpec
 from stagetune_api.stage import PlannedStage, training_of_stage
 from stagetune_api.training_spec import DataPartition, ExpandSpec, GradientCheckpointing, MethodType
-from stagetune_operator.estimate import DEVICE_CONTEXT_BYTES, Machine, is_target
+from stagetune_operator.estimate import DEVICE_CONTEXT_BYTES, Machine
 from stagetune_operator.schedule import Draft, deal_rows
 from stagetune_operator.schedule_checks import find_schedule_problems
+from stagetune_operator.stage_scope import is_target
 
 _GIB = 2**30
 

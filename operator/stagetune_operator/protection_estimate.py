@@ -9,12 +9,9 @@ from dataclasses import dataclass
 from stagetune_api.facts import DataFacts, Facts
 from stagetune_api.stage import StageEstimate
 from stagetune_api.training_spec import MethodSpec, ProtectionSpec, TrainingSpec
-from stagetune_operator.estimate import (
-    Machine,
-    StageScope,
-    element_bytes,
-    step_flops,
-)
+from stagetune_operator.estimate import Machine, element_bytes
+from stagetune_operator.stage_scope import StageScope
+from stagetune_operator.step_flops import step_flops
 
 _HIDDEN_STATE_BYTES = 2
 _TOKEN_AND_PROBABILITY_BYTES = 4 + 2

@@ -310,7 +310,8 @@ def test_address_that_is_none_is_logged(
     url: str, make_stage_config: MakeConfig, caplog: pytest.LogCaptureFixture
 ) -> None:
     ProgressPoster(make_stage_config(), ProgressServer(url=url)).close(report())
-    assert len(caplog.records) == 1
+    # The poster of an earlier test may still find out that its server is gone.
+    assert len([record for record in caplog.records if f"to {url}:" in record.getMessage()]) == 1
 
 
 def test_fenced_attempt_does_not_post_over_the_newer_one(

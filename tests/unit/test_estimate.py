@@ -24,16 +24,16 @@ from stagetune_api.training_spec import (
     MethodType,
     TrainingSpec,
 )
+from stagetune_operator.activation_bytes import layer_activation_bytes
 from stagetune_operator.estimate import (
     DEVICE_CONTEXT_BYTES,
     Machine,
-    StageScope,
     estimate_full_fine_tuning,
     estimate_stage,
-    layer_activation_bytes,
-    step_flops,
 )
 from stagetune_operator.model_facts import model_facts_from_config
+from stagetune_operator.stage_scope import StageScope
+from stagetune_operator.step_flops import step_flops
 
 GIB = 2**30
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"

@@ -7,9 +7,11 @@ import pytest
 from stagetune_api.facts import DataFacts, Facts
 from stagetune_api.stage import StageEstimate
 from stagetune_api.training_spec import LayerRange, MethodSpec, ProtectionSpec, TrainingSpec
-from stagetune_operator.estimate import CLUSTER_GPU, StageScope, estimate_stage, step_flops
+from stagetune_operator.estimate import CLUSTER_GPU, estimate_stage
 from stagetune_operator.model_facts import model_facts_from_config
 from stagetune_operator.protection_estimate import ProtectedStage, add_protection
+from stagetune_operator.stage_scope import StageScope
+from stagetune_operator.step_flops import step_flops
 
 CONFIG = {
     "model_type": "llama",
