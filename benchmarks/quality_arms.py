@@ -143,14 +143,12 @@ ARMS = (
         edits={"schedule.embeddings": "FirstStage"},
         rates=(1e-4, 2e-4),
         passes=(1, 2),
-        derived=_averaged("full"),
     ),
     Arm(
         name="bottom-up",
         title="3 stages, bottom-up",
         edits=_THREE,
         rates=_STAGED_RATES,
-        derived=_averaged("bottom-up"),
     ),
     Arm(
         name="top-down",
