@@ -164,6 +164,12 @@ ARMS = (
         derived=_averaged("open top"),
     ),
     Arm(
+        name="two-open-top",
+        title="2 stages, top 3 layers always open",
+        edits={"schedule.stageCount": 2, "schedule.openTop": 3},
+        rates=_STAGED_RATES,
+    ),
+    Arm(
         name="cumulative",
         title="3 stages, bottom-up, cumulative",
         edits={**_THREE, "schedule.cumulative": True},
