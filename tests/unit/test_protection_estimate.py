@@ -98,3 +98,17 @@ def test_replayed_rows_cost_what_rows_cost_with_all_tokens_at_the_head(
     grown = found.step_flops / plain.step_flops
     assert found.relative_step_flops == pytest.approx(plain.relative_step_flops * grown, rel=1e-4)
     assert found.disk_bytes == plain.disk_bytes
+
+
+def test_replayed_rows_under_expand_train_the_blocks_alone() -> None:
+    method = MethodSpec.model_validate({"type": "Expand", "expand": {"layersPerBlock": 4}})
+    scope = StageScope(LayerRange(first=0, last=3))
+    given = facts(max_row_tokens=100, train_answer_tokens=9900, replay_rows=10, replay_tokens=1000)
+    plain = estimate_stage(given, method, TRAINING, scope)
+    stage = ProtectedStage(method=method, training=TRAINING, scope=scope, rows=50, is_first=True)
+    spec = ProtectionSpec.model_validate({"replay": {"ratio": 0.5, "generated": {}}})
+
+    found = add_protection(plain, spec, given, stage, CLUSTER_GPU)
+
+    # Rows of the same length, all their tokens at the head: half a batch of them costs half.
+    assert found.step_flops == pytest.approx(1.5 * plain.step_flops, rel=1e-9)
