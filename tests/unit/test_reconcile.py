@@ -1362,6 +1362,36 @@ def test_out_of_memory_halves_a_stages_own_micro_batch() -> None:
     assert [stage.micro_batch_size for stage in status.stages] == [None, 1]
 
 
+def test_edited_stage_forgets_the_micro_batch_that_memory_ran_out_down_to() -> None:
+    operator = begun(OWN_BATCHES)
+    refused: list[tuple[int, int]] = []
+
+    def too_large(config: StageConfig, pod: Object) -> Ending:
+        refused.append((config.training.batch_size, config.training.micro_batch_size))
+        if config.training.micro_batch_size > 3:
+            return Ending(exit_code=137, reason="OOMKilled")
+        return fails(FailureClass.DIVERGED, TrainerExitCode.DIVERGED)(config, pod)
+
+    assert operator.finish({"02-upper": too_large}).stages[1].micro_batch_size == 3
+    again = {"number": 1, "fromStage": "lower"}
+    upper = {**OWN_BATCHES["spec.stages"][1], "batchSize": 8, "microBatchSize": 2}
+    operator.cluster.edit_run("finance-qa", lambda spec: spec.update(retry=again))
+    operator.settle()
+    operator.cluster.edit_run(
+        "finance-qa", lambda spec: spec.update(stages=[spec["stages"][0], upper])
+    )
+    trained: list[tuple[int, int]] = []
+
+    def script(config: StageConfig, pod: Object) -> Ending:
+        trained.append((config.training.batch_size, config.training.micro_batch_size))
+        return succeeds(config, pod)
+
+    status = operator.finish({"02-upper": script})
+
+    assert (refused, trained) == ([(12, 6), (12, 3)], [(8, 2)])
+    assert status.stages[1].micro_batch_size is None
+
+
 def test_a_run_follows_the_profile_that_its_prepare_reports() -> None:
     operator = begun({"spec.schedule": {"layersPerStage": 1, "order": "GradientNorm"}})
     asked: list[Any] = []
