@@ -25,6 +25,7 @@ from stagetune_api.names import TrainerExitCode
 from stagetune_api.report import AveragingResult, FailureClass, Timings
 from stagetune_api.stage import StageConfig, Task
 from stagetune_api.status import StagedFineTuneStatus
+from stagetune_api.training_spec import LayerRange
 from stagetune_operator.keys import RunKey
 from stagetune_operator.reconcile import Reconciler
 from stagetune_operator.records import read_status
@@ -1360,6 +1361,18 @@ def test_out_of_memory_halves_a_stages_own_micro_batch() -> None:
     assert sizes == [(16, 1), (12, 6), (12, 3), (12, 1)]
     assert status.state == "Succeeded"
     assert [stage.micro_batch_size for stage in status.stages] == [None, 1]
+
+
+def test_status_says_which_layers_at_the_top_a_stage_opens_too() -> None:
+    status = begun({"spec.schedule": {"layersPerStage": 1, "openTop": 1}}).finish()
+
+    opened = [(stage.layers, stage.top_layers) for stage in status.stages]
+    top = LayerRange(first=3, last=3)
+    assert opened == [
+        (LayerRange(first=0, last=0), top),
+        (LayerRange(first=1, last=1), top),
+        (LayerRange(first=2, last=3), None),
+    ]
 
 
 def test_edited_stage_forgets_the_micro_batch_that_memory_ran_out_down_to() -> None:
