@@ -29,7 +29,11 @@ from stagetune_operator.estimate import (
 )
 from stagetune_operator.gradient_groups import GradientPlan
 from stagetune_operator.plan_checks import find_memory_problems, find_problems
-from stagetune_operator.protection_estimate import ProtectedStage, add_protection
+from stagetune_operator.protection_estimate import (
+    ProtectedStage,
+    add_protection,
+    hidden_states_bytes,
+)
 from stagetune_operator.schedule import Draft, deal_rows, draft_stages, learning_rates
 from stagetune_operator.schedule_checks import find_profile_problems
 from stagetune_operator.stage_scope import StageScope, uses_adapters
@@ -65,7 +69,7 @@ class PlanSummary(ApiModel):
     peak_memory_bytes: Count
     """peakMemoryBytes of the stage that needs most."""
     disk_bytes: Count
-    """diskBytes of all stages together, with nothing pruned between them."""
+    """diskBytes of all stages together: nothing is pruned between them but an anchor's states."""
     full_fine_tuning: StageEstimate
     """fullFineTuning is what tuning every weight at once would need, step by step."""
 
@@ -239,6 +243,8 @@ def _summary(
     data, training = facts.data, spec.training
     added = added_layers(facts.model, spec.method)
     total_flops = sum(stage.steps * stage.estimate.step_flops for stage in stages)
+    anchored = [hidden_states_bytes(spec.protection, facts, stage.rows.count) for stage in stages]
+    kept = sum(stage.estimate.disk_bytes for stage in stages) - sum(anchored)
     full_flops = math.ceil(data.train_rows / training.batch_size) * full.step_flops
     return PlanSummary(
         parameters=facts.model.parameters,
@@ -253,6 +259,6 @@ def _summary(
         total_flops=total_flops,
         relative_total_flops=round(total_flops / full_flops, 6),
         peak_memory_bytes=max(stage.estimate.memory_bytes for stage in stages),
-        disk_bytes=sum(stage.estimate.disk_bytes for stage in stages),
+        disk_bytes=kept + max(anchored),
         full_fine_tuning=full,
     )

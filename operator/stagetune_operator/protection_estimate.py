@@ -133,7 +133,15 @@ def _disk_bytes(protection: ProtectionSpec, facts: Facts, stage: ProtectedStage)
     ):
         top_k = min(protection.distillation.top_k, facts.model.vocab_size)
         total += data.train_answer_tokens * (top_k * _TOKEN_AND_PROBABILITY_BYTES + _REST_BYTES)
-    if has_weight(protection.anchor):
-        tokens = round(stage.rows * data.train_tokens / data.train_rows)
-        total += tokens * facts.model.hidden_size * _HIDDEN_STATE_BYTES
-    return total
+    return total + hidden_states_bytes(protection, facts, stage.rows)
+
+
+def hidden_states_bytes(protection: ProtectionSpec | None, facts: Facts, rows: int) -> int:
+    """Return the bytes on the volume of what the anchor of a stage with `rows` rows compares with.
+
+    They are removed when the stage is published.
+    """
+    if protection is None or not has_weight(protection.anchor):
+        return 0
+    tokens = round(rows * facts.data.train_tokens / facts.data.train_rows)
+    return tokens * facts.model.hidden_size * _HIDDEN_STATE_BYTES

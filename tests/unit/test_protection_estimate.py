@@ -5,10 +5,12 @@ from typing import Any
 import pytest
 
 from stagetune_api.facts import DataFacts, Facts
+from stagetune_api.spec import StagedFineTuneSpec
 from stagetune_api.stage import StageEstimate
 from stagetune_api.training_spec import LayerRange, MethodSpec, ProtectionSpec, TrainingSpec
 from stagetune_operator.estimate import CLUSTER_GPU, estimate_stage
 from stagetune_operator.model_facts import model_facts_from_config
+from stagetune_operator.plan import Plan, make_plan
 from stagetune_operator.protection_estimate import ProtectedStage, add_protection
 from stagetune_operator.stage_scope import StageScope
 from stagetune_operator.step_flops import step_flops
@@ -84,6 +86,23 @@ def test_anchor_keeps_the_hidden_states_of_the_stage_s_rows() -> None:
     assert found.disk_bytes - plain.disk_bytes == 50 * 100 * 512 * 2
     assert found.memory_bytes - plain.memory_bytes == 2 * 200 * 512 * 14
     assert found.step_flops == plain.step_flops
+
+
+def test_hidden_states_of_one_stage_at_a_time_are_on_the_volume() -> None:
+    body = {
+        "model": {"source": "hf://org/model"},
+        "dataset": {"source": "hf://org/rows", "validation": {"fraction": 0.05}},
+        "training": {"learningRate": 1e-4},
+        "schedule": {"layersPerStage": 2, "passes": 3},
+    }
+    disk = []
+    for protection in ({}, {"protection": {"anchor": {"weight": 1}}}):
+        plan = make_plan(StagedFineTuneSpec.model_validate({**body, **protection}), facts())
+        assert isinstance(plan, Plan)
+        disk.append(plan.summary.disk_bytes)
+
+    # 100 rows of 100 tokens, the same in each of the twelve stages.
+    assert disk[1] - disk[0] == 100 * 100 * 512 * 2
 
 
 @pytest.mark.parametrize(("ratio", "rows"), [(0.25, 4), (0.001, 1)])
