@@ -32,6 +32,8 @@ class StageSummary(ApiModel):
     """name of the stage."""
     layers: LayerRange
     """layers that it opened."""
+    top_layers: LayerRange | None = None
+    """topLayers that it opened too, where some stayed frozen between them and `layers`."""
     state: StageState
     """state of the stage."""
     steps: int
@@ -146,6 +148,7 @@ def _summarise(plan: Plan, index: int, report: StageReport) -> StageSummary:
     return StageSummary(
         name=stage.name,
         layers=stage.layers,
+        top_layers=stage.top_layers,
         state=StageState.SUCCEEDED,
         steps=train.steps,
         best_step=train.best_step,

@@ -86,6 +86,7 @@ class StatusBoard:
                 or StageStatus(
                     name=stage.name,
                     layers=stage.layers,
+                    top_layers=stage.top_layers,
                     total_steps=stage.steps,
                     estimate=stage.estimate,
                 )
@@ -147,7 +148,9 @@ class StatusBoard:
 
     def stage_reset(self, index: int) -> None:
         """Say that a stage has to be done again."""
-        self._stage(index, state=StageState.PENDING, measured=None, checkpoint=None)
+        self._stage(
+            index, state=StageState.PENDING, measured=None, checkpoint=None, stopped_by=None
+        )
 
     def stage_ended(self, index: int, state: StageState, failure: Failure | None) -> None:
         """Say that a stage was interrupted or failed."""

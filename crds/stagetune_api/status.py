@@ -139,6 +139,8 @@ class StageStatus(ApiModel):
     """name of the stage."""
     layers: LayerRange
     """layers that it opens."""
+    top_layers: LayerRange | None = None
+    """topLayers that it opens too, where some stay frozen between them and `layers`."""
     state: StageState = StageState.PENDING
     """state of the stage in one word."""
     attempts: int = 0

@@ -12,6 +12,7 @@ from stagetune_api.facts import Facts
 from stagetune_api.names import EXPORT_TASK
 from stagetune_api.spec import RetainPolicy, StagedFineTune, StagedFineTuneSpec
 from stagetune_api.spec_checks import Runner, check_runner
+from stagetune_api.stage import PlannedStage
 from stagetune_api.status import (
     ConditionReason,
     ConditionType,
@@ -238,7 +239,7 @@ def _plan(run: RunPass) -> Standing | None:
     run.act(Create(manifest=build_plan_record(run.owner, name, planned.data())))
     run.status = with_stages(run.status, planned.plan.stages)
     if record is not None:
-        _leave_jobs_of_pending_stages(run)
+        _leave_jobs_of_pending_stages(run, record)
     run.update(
         plan_digest=planned.plan.digest,
         model_digest=facts.model.digest or "",
@@ -247,11 +248,17 @@ def _plan(run: RunPass) -> Standing | None:
     return None
 
 
-def _leave_jobs_of_pending_stages(run: RunPass) -> None:
-    """Have no Job count that was made for another plan of a stage which has yet to be trained."""
+def _leave_jobs_of_pending_stages(run: RunPass, before: PlanRecord) -> None:
+    """Have no Job count that was made for another plan of a stage which has yet to be trained.
+
+    Nor does the micro-batch size that memory ran out down to, where the stage is another one now.
+    """
+    planned = {stage.name: _without_place(stage) for stage in before.plan.stages}
     for step in run.steps:
         if step.stage is None or run.record_of(step).state is not StageState.PENDING:
             continue
+        if planned.get(step.stage.name) != _without_place(step.stage):
+            run.set(step, micro_batch_size=None)
         attempts = run.record_of(step).attempts
         job = run.objects.newest_job(step.key, after_attempt=run.record_of(step).attempts_before)
         if job is None:
@@ -260,6 +267,10 @@ def _leave_jobs_of_pending_stages(run: RunPass) -> None:
             run.act(DeleteJob(name=job.name, uid=job.uid))
         attempts = max(attempts, job.attempt)
         run.set(step, attempts=attempts, attempts_before=attempts)
+
+
+def _without_place(stage: PlannedStage) -> PlannedStage:
+    return stage.model_copy(update={"index": 0, "estimate": None})
 
 
 def _prepared_facts(run: RunPass) -> Facts | None:

@@ -62,8 +62,7 @@ def estimate_stage(
 ) -> StageEstimate:
     """Return what the stage `scope` needs; no fact is zero."""
     full = step_flops(facts, MethodSpec(), training, _everything(facts.model))
-    if method.type is MethodType.EXPAND:
-        facts, scope = _expanded(facts, method, scope)
+    facts, scope = expanded(facts, method, scope)
     model = facts.model
     element = element_bytes(training, machine)
     trainable = trainable_parameters(model, method, scope)
@@ -114,12 +113,15 @@ def added_layers(model: ModelFacts, method: MethodSpec) -> int:
     return expansion.num_blocks(model.num_layers, size)
 
 
-def _expanded(facts: Facts, method: MethodSpec, scope: StageScope) -> tuple[Facts, StageScope]:
+def expanded(facts: Facts, method: MethodSpec, scope: StageScope) -> tuple[Facts, StageScope]:
     """Return the facts of the expanded model, and the stage's blocks as layers of it.
 
     The formulas ask for the lowest layer that trains and for how many do. So blocks that stand
-    apart count as if they were the lowest one and its neighbours above.
+    apart count as if they were the lowest one and its neighbours above. Methods that add no block
+    get back what they gave.
     """
+    if method.type is not MethodType.EXPAND:
+        return facts, scope
     size = (method.expand or ExpandSpec()).layers_per_block
     blocks = expansion.block_indices(scope.layers, size)
     layers = LayerRange(first=blocks[0], last=blocks[0] + len(blocks) - 1)

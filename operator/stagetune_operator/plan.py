@@ -6,7 +6,7 @@ runner turns every stage of the plan into a StageConfig.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Annotated
 
 from pydantic import Field
@@ -29,7 +29,11 @@ from stagetune_operator.estimate import (
 )
 from stagetune_operator.gradient_groups import GradientPlan
 from stagetune_operator.plan_checks import find_memory_problems, find_problems
-from stagetune_operator.protection_estimate import ProtectedStage, add_protection
+from stagetune_operator.protection_estimate import (
+    ProtectedStage,
+    add_protection,
+    hidden_states_bytes,
+)
 from stagetune_operator.schedule import Draft, deal_rows, draft_stages, learning_rates
 from stagetune_operator.schedule_checks import find_profile_problems
 from stagetune_operator.stage_scope import StageScope, uses_adapters
@@ -65,7 +69,7 @@ class PlanSummary(ApiModel):
     peak_memory_bytes: Count
     """peakMemoryBytes of the stage that needs most."""
     disk_bytes: Count
-    """diskBytes of all stages together, with nothing pruned between them."""
+    """diskBytes of all stages together: nothing is pruned between them but an anchor's states."""
     full_fine_tuning: StageEstimate
     """fullFineTuning is what tuning every weight at once would need, step by step."""
 
@@ -127,18 +131,16 @@ def _planned_stages(
 ) -> list[PlannedStage]:
     rates = learning_rates(spec.training, drafts)
     rows = deal_rows(spec, drafts, facts.data.train_rows)
-    ranks: dict[int, int | None] = {}
+    ranks: dict[int, tuple[int, ...]] = {}
     stages = []
     for index, draft in enumerate(drafts):
-        idle = _idle_adapters(spec.method, frozenset(ranks), draft.opened)
         scope = StageScope(
             draft.layers,
             draft.embeddings,
             draft.head,
-            adapted_layers=idle,
+            idle_ranks=_idle_adapters(spec.method, ranks, draft.opened),
             top_layers=draft.top_layers,
             rank=draft.rank,
-            adapted_ranks={layer: rank for layer in idle if (rank := ranks[layer]) is not None},
         )
         training = training_of_stage(spec.training, draft)
         start, end = rows[index]
@@ -175,22 +177,35 @@ def _planned_stages(
                 ),
             )
         )
-        ranks |= dict.fromkeys(draft.opened, draft.rank)
+        ranks = _adapters_after(spec.method, ranks, draft)
     return stages
 
 
 def _idle_adapters(
-    method: MethodSpec, opened: frozenset[int], layers: frozenset[int]
-) -> frozenset[int]:
-    """Return the layers that hold adapters of earlier stages beside what the stage trains.
+    method: MethodSpec, ranks: Mapping[int, tuple[int, ...]], layers: frozenset[int]
+) -> dict[int, tuple[int, ...]]:
+    """Return the ranks, by layer, of earlier adapters beside what a stage of `layers` trains.
 
     A stage that opens a layer again goes on with the adapter which that layer has, unless every
     stage has adapters of its own.
     """
+    goes_on = _shares_adapters(method)
+    return {layer: there for layer, there in ranks.items() if not (goes_on and layer in layers)}
+
+
+def _adapters_after(
+    method: MethodSpec, ranks: Mapping[int, tuple[int, ...]], draft: Draft
+) -> dict[int, tuple[int, ...]]:
+    """Return the ranks of all adapters, by layer, once the stage is done."""
     if not uses_adapters(method):
-        return frozenset()
-    shared = (method.lora or LoraSpec()).adapters is AdapterScope.SHARED
-    return opened - layers if shared else opened
+        return {}
+    rank = draft.rank or (method.lora or LoraSpec()).rank
+    before = {} if _shares_adapters(method) else ranks
+    return {**ranks, **{layer: (*before.get(layer, ()), rank) for layer in draft.opened}}
+
+
+def _shares_adapters(method: MethodSpec) -> bool:
+    return (method.lora or LoraSpec()).adapters is AdapterScope.SHARED
 
 
 def _steps(draft: Draft, rows: int, training: TrainingSpec) -> tuple[int, int, int]:
@@ -228,6 +243,8 @@ def _summary(
     data, training = facts.data, spec.training
     added = added_layers(facts.model, spec.method)
     total_flops = sum(stage.steps * stage.estimate.step_flops for stage in stages)
+    anchored = [hidden_states_bytes(spec.protection, facts, stage.rows.count) for stage in stages]
+    kept = sum(stage.estimate.disk_bytes for stage in stages) - sum(anchored)
     full_flops = math.ceil(data.train_rows / training.batch_size) * full.step_flops
     return PlanSummary(
         parameters=facts.model.parameters,
@@ -242,6 +259,6 @@ def _summary(
         total_flops=total_flops,
         relative_total_flops=round(total_flops / full_flops, 6),
         peak_memory_bytes=max(stage.estimate.memory_bytes for stage in stages),
-        disk_bytes=sum(stage.estimate.disk_bytes for stage in stages),
+        disk_bytes=kept + max(anchored),
         full_fine_tuning=full,
     )

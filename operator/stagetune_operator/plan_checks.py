@@ -212,7 +212,9 @@ def _memory_cure(spec: StagedFineTuneSpec, stage: PlannedStage) -> str:
     if training.gradient_checkpointing is GradientCheckpointing.NEVER:
         cures.append("set gradientCheckpointing: Always")
     micro_batch_size = training_of_stage(training, stage).micro_batch_size
-    if micro_batch_size > 1:
+    if training.optimizer_in_backward and micro_batch_size > 1:
+        cures.append(f"lower batchSize and microBatchSize from {micro_batch_size}")
+    elif micro_batch_size > 1:
         cures.append(f"lower microBatchSize from {micro_batch_size}")
     cures.append(f"lower spec.dataset.maxLength from {spec.dataset.max_length}")
     if stage.num_layers > 1:

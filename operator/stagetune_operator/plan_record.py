@@ -13,7 +13,7 @@ from stagetune_api.spec import StagedFineTuneSpec
 from stagetune_operator.plan import Plan
 
 _SPEC_DIGEST = "spec-digest"
-_DECIDING = {"model", "dataset", "method", "schedule", "stages", "training"}
+_DECIDING = {"model", "dataset", "method", "schedule", "stages", "training", "protection"}
 _DIGEST_LENGTH = 10
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from stagetune_api.facts import DataFacts, Facts
 from stagetune_api.stage import StageEstimate
 from stagetune_api.training_spec import MethodSpec, ProtectionSpec, TrainingSpec
-from stagetune_operator.estimate import Machine, element_bytes
+from stagetune_operator.estimate import Machine, element_bytes, expanded
 from stagetune_operator.stage_scope import StageScope
 from stagetune_operator.step_flops import step_flops
 
@@ -78,7 +78,8 @@ def _step_flops(protection: ProtectionSpec, facts: Facts, stage: ProtectedStage)
         rows = replayed_rows(protection.replay.ratio, stage.training.batch_size)
         training = stage.training.model_copy(update={"batch_size": rows})
         replayed = facts.model_copy(update={"data": _replay_data(facts.data)})
-        flops += step_flops(replayed, stage.method, training, stage.scope)
+        deeper, scope = expanded(replayed, stage.method, stage.scope)
+        flops += step_flops(deeper, stage.method, training, scope)
     if has_weight(protection.distillation):
         answers_of_row = facts.data.train_answer_tokens / facts.data.train_rows
         if stage.training.micro_batch_size * answers_of_row > model.hidden_size:
@@ -132,7 +133,15 @@ def _disk_bytes(protection: ProtectionSpec, facts: Facts, stage: ProtectedStage)
     ):
         top_k = min(protection.distillation.top_k, facts.model.vocab_size)
         total += data.train_answer_tokens * (top_k * _TOKEN_AND_PROBABILITY_BYTES + _REST_BYTES)
-    if has_weight(protection.anchor):
-        tokens = round(stage.rows * data.train_tokens / data.train_rows)
-        total += tokens * facts.model.hidden_size * _HIDDEN_STATE_BYTES
-    return total
+    return total + hidden_states_bytes(protection, facts, stage.rows)
+
+
+def hidden_states_bytes(protection: ProtectionSpec | None, facts: Facts, rows: int) -> int:
+    """Return the bytes on the volume of what the anchor of a stage with `rows` rows compares with.
+
+    They are removed when the stage is published.
+    """
+    if protection is None or not has_weight(protection.anchor):
+        return 0
+    tokens = round(rows * facts.data.train_tokens / facts.data.train_rows)
+    return tokens * facts.model.hidden_size * _HIDDEN_STATE_BYTES

@@ -125,7 +125,12 @@ def with_stages(
 def _as_planned(stage: PlannedStage, known: StageStatus | None) -> StageStatus:
     if known is not None and known.state is not StageState.PENDING:
         return known
-    planned = {"layers": stage.layers, "total_steps": stage.steps, "estimate": stage.estimate}
+    planned = {
+        "layers": stage.layers,
+        "top_layers": stage.top_layers,
+        "total_steps": stage.steps,
+        "estimate": stage.estimate,
+    }
     if known is not None:
         return known.model_copy(update=planned)
     return StageStatus(name=stage.name, **planned)

@@ -1,6 +1,6 @@
 """What a stage opens, counted in parameters; a part of `estimate`."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from stagetune_api.facts import ModelFacts
@@ -16,18 +16,17 @@ EXTRA_NORM_TYPES = frozenset({"gemma2", "gemma3_text"})  # a norm behind each bl
 
 @dataclass(frozen=True)
 class StageScope:
-    """What a stage opens, and which other layers already hold adapters of earlier stages."""
+    """What a stage opens, and which adapters of earlier stages the decoder holds already."""
 
     layers: LayerRange
     embeddings: bool = False
     head: bool = False
-    adapted_layers: frozenset[int] = frozenset()
+    idle_ranks: Mapping[int, Sequence[int]] = field(default_factory=dict)
+    """Ranks of the adapters of earlier stages that stand beside what trains, by layer."""
     top_layers: LayerRange | None = None
     """Layers that it opens too, above `layers` and not touching them."""
     rank: int | None = None
     """Rank of its adapters; None where that of the method counts."""
-    adapted_ranks: Mapping[int, int] = field(default_factory=dict)
-    """Rank of the earlier adapters of a layer where it is not that of the method."""
 
     @property
     def count(self) -> int:
@@ -72,8 +71,8 @@ def adapter_parameters(model: ModelFacts, method: MethodSpec, rank: int | None) 
 def idle_adapters(model: ModelFacts, method: MethodSpec, scope: StageScope) -> dict[int, int]:
     """Return the parameters of the adapters of earlier stages, by layer."""
     return {
-        layer: adapter_parameters(model, method, scope.adapted_ranks.get(layer))
-        for layer in scope.adapted_layers
+        layer: sum(adapter_parameters(model, method, rank) for rank in ranks)
+        for layer, ranks in scope.idle_ranks.items()
     }
 
 

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from fake_cluster import FACTS
+from manifest_cases import edited
 from stagetune.manifest_file import read_manifest_file
 from stagetune.run_lock import RunIsBusyError, locked
 from stagetune.run_record import changed_fields
@@ -13,7 +15,11 @@ from stagetune.status_board import StatusBoard
 from stagetune_api import names
 from stagetune_api.names import RunLayout
 from stagetune_api.problems import InvalidManifestError, Problem, ProblemReason
+from stagetune_api.report import CheckpointRef, Outcome, StageReport, StopReason, TrainResult
+from stagetune_api.spec import StagedFineTune
 from stagetune_api.status import ConditionReason, ConditionStatus, ConditionType, RunState
+from stagetune_api.validation import parse_manifest
+from stagetune_operator.plan import Plan, make_plan
 
 WriteManifest = Callable[..., Path]
 
@@ -82,6 +88,48 @@ def test_refused_plan_is_shown_in_the_status(tmp_path: Path) -> None:
     assert conditions[ConditionType.STALLED].status is ConditionStatus.TRUE
     assert conditions[ConditionType.STALLED].reason == "DoesNotFit"
     assert "spec.schedule.head: is too large" in conditions[ConditionType.STALLED].message
+
+
+def test_stage_that_is_done_again_is_shown_as_planned(tmp_path: Path) -> None:
+    board = StatusBoard(tmp_path / "status.json", on_change=lambda status: None)
+    manifest = parse_manifest(edited({"spec.schedule": {"layersPerStage": 2, "openTop": 1}}))
+    assert isinstance(manifest, StagedFineTune)
+    plan = make_plan(manifest.spec, FACTS)
+    assert isinstance(plan, Plan)
+    board.planned(plan.stages, plan_digest=plan.digest, model_digest="", data_digest="")
+    before = board.status.stages[0]
+    assert (before.layers, before.top_layers) == (plan.stages[0].layers, plan.stages[0].top_layers)
+    assert before.top_layers is not None
+
+    board.stage_done(0, report_of_a_stage(stopped_by=StopReason.PATIENCE))
+    assert board.status.stages[0].stopped_by is StopReason.PATIENCE
+    board.stage_reset(0)
+
+    again = board.status.stages[0]
+    assert (again.stopped_by, again.measured, again.checkpoint) == (None, None, None)
+
+
+def report_of_a_stage(*, stopped_by: StopReason) -> StageReport:
+    return StageReport(
+        name="layers-0-1",
+        attempt=1,
+        outcome=Outcome.SUCCEEDED,
+        output=CheckpointRef(path="x", digest="d" * 64, step=1),
+        train=TrainResult(
+            steps=1,
+            planned_steps=2,
+            stopped_early=True,
+            stopped_by=stopped_by,
+            best_step=1,
+            loss=1.0,
+            initial_validation_loss=2.0,
+            validation_loss=1.0,
+            trainable_parameters=1,
+            tokens=1,
+            tokens_per_second=1.0,
+            train_seconds=1.0,
+        ),
+    )
 
 
 def test_waiting_for_the_lock_ends_when_asked_to(tmp_path: Path) -> None:

@@ -61,14 +61,36 @@ def test_links_lead_to_files_that_there_are() -> None:
     assert broken == []
 
 
-@pytest.mark.parametrize("page", ["reliability.md", "operator.md"])
-def test_tests_that_are_named_are_there(page: str) -> None:
+def anchors(page: Path) -> set[str]:
+    """Return what a link may name of a page: its headings as GitHub writes them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def test_links_lead_to_headings_that_there_are() -> None:
+    links = [
+        (page, (page.parent / target).resolve() if target else page, heading)
+        for page in PAGES
+        for target, heading in re.findall(r"\]\(([^)#\s]*)#([^)\s]+)\)", page.read_text())
+        if "://" not in target
+    ]
+    assert links
+    broken = [
+        f"{page.name}: {target.name}#{heading}"
+        for page, target, heading in links
+        if target.suffix == ".md" and heading not in anchors(target)
+    ]
+    assert broken == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_tests_that_are_named_are_there(page: Path) -> None:
     """A test with a file after it, or after the last of its neighbours, is in that file."""
     defined: dict[str, set[str]] = {}
     for path in (ROOT / "tests").rglob("test_*.py"):
         for name in re.findall(r"^def (test_\w+)\(", path.read_text(), re.MULTILINE):
             defined.setdefault(name, set()).add(path.name)
-    text = (DOCS / page).read_text()
+    text = page.read_text()
     named = set(re.findall(r"`(test_\w+)`", text))
     assert named - defined.keys() == set()
     for name, file in re.findall(r"`(test_\w+)` \(`(?:tests/\w+/)?(test_\w+\.py)`\)", text):

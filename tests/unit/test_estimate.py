@@ -277,7 +277,7 @@ def test_operations_of_adapters_are_near_pytorchs_own_count(
         _scope(
             first,
             first + 2,
-            adapted_layers=frozenset(adapted),
+            idle_ranks=dict.fromkeys(adapted, (8,)),
             top_layers=LayerRange(first=min(top), last=max(top)) if top else None,
         ),
     )
@@ -468,7 +468,7 @@ def test_adapters_of_earlier_stages_stay_in_memory() -> None:
     per_layer = 64 * sum(sum(shape) for shape in QWEN.layer.linear_shapes.values())
 
     first = _estimate(facts, _scope(0, 4), _lora(64))
-    third = _estimate(facts, _scope(8, 12, adapted_layers=frozenset(range(8))), _lora(64))
+    third = _estimate(facts, _scope(8, 12, idle_ranks=dict.fromkeys(range(8), (64,))), _lora(64))
 
     assert first.trainable_parameters == third.trainable_parameters == 4 * per_layer
     assert first.weights_bytes == 2 * QWEN.parameters

@@ -284,6 +284,8 @@ def test_field_that_a_newer_version_adds_is_no_edit() -> None:
     filled = spec_of({"spec.training": {"learningRate": 1e-4, "batchSize": 16, "seed": 42}})
     edited_spec = spec_of({"spec.training": {"learningRate": 1e-4, "batchSize": 8}})
     assert digest_of_planned(spec) == digest_of_planned(filled) != digest_of_planned(edited_spec)
+    protected = spec_of({"spec.protection": {"anchor": {"weight": 1}}})
+    assert digest_of_planned(spec) != digest_of_planned(protected)
     bare, full, other = (config_digest(file_of("prepare", s)) for s in (spec, filled, edited_spec))
     assert bare == full != other
     # A key with its default would be there in what a newer version digests.

@@ -587,6 +587,14 @@ def test_a_stage_larger_than_the_device_is_refused_with_the_numbers_and_a_cure()
     assert "use method.type: LoRA" in problems[0].message
 
 
+def test_a_batch_that_cannot_be_split_is_made_smaller_as_a_whole() -> None:
+    whole = {"optimizerInBackward": True, "batchSize": 4, "microBatchSize": 4}
+
+    problems = _problems(_spec(training=whole), machine=Machine(memory_bytes=1))
+
+    assert "lower batchSize and microBatchSize from 4" in problems[0].message
+
+
 def test_a_stage_exactly_as_large_as_the_device_fits() -> None:
     needed = _plan(_spec()).summary.peak_memory_bytes
 
@@ -685,16 +693,20 @@ def test_adapters_of_a_4_bit_base_cost_a_quarter_of_its_bytes() -> None:
 
 
 def test_adapters_of_every_stage_stay_where_a_layer_is_opened_again() -> None:
-    both = [{"name": name, "layers": {"first": 0, "last": 3}} for name in ("once", "again")]
+    names = ("once", "again", "more")
+    stages = [{"name": name, "layers": {"first": 0, "last": 3}} for name in names]
     weights = {}
     for scope in ("Shared", "PerStage"):
         method = {"type": "LoRA", "lora": {"rank": 4, "adapters": scope}}
-        plan = _plan(_spec(stages=both, method=method))
+        plan = _plan(_spec(stages=stages, method=method))
         weights[scope] = [stage.estimate.weights_bytes for stage in plan.stages]
 
-    assert weights["Shared"][0] == weights["Shared"][1] == weights["PerStage"][0]
+    assert {*weights["Shared"], weights["PerStage"][0]} == {weights["PerStage"][0]}
     trained = plan.stages[0].estimate.trainable_parameters
-    assert weights["PerStage"][1] == weights["PerStage"][0] + 4 * trained
+    idle = [weight - weights["PerStage"][0] for weight in weights["PerStage"]]
+    assert idle == [0, 4 * trained, 2 * 4 * trained]
+    flops = [stage.estimate.step_flops for stage in plan.stages]
+    assert flops[2] - flops[1] == flops[1] - flops[0] > 0
 
 
 def test_shared_adapter_cannot_get_another_rank() -> None:

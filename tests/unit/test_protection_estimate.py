@@ -5,10 +5,12 @@ from typing import Any
 import pytest
 
 from stagetune_api.facts import DataFacts, Facts
+from stagetune_api.spec import StagedFineTuneSpec
 from stagetune_api.stage import StageEstimate
 from stagetune_api.training_spec import LayerRange, MethodSpec, ProtectionSpec, TrainingSpec
 from stagetune_operator.estimate import CLUSTER_GPU, estimate_stage
 from stagetune_operator.model_facts import model_facts_from_config
+from stagetune_operator.plan import Plan, make_plan
 from stagetune_operator.protection_estimate import ProtectedStage, add_protection
 from stagetune_operator.stage_scope import StageScope
 from stagetune_operator.step_flops import step_flops
@@ -86,6 +88,23 @@ def test_anchor_keeps_the_hidden_states_of_the_stage_s_rows() -> None:
     assert found.step_flops == plain.step_flops
 
 
+def test_hidden_states_of_one_stage_at_a_time_are_on_the_volume() -> None:
+    body = {
+        "model": {"source": "hf://org/model"},
+        "dataset": {"source": "hf://org/rows", "validation": {"fraction": 0.05}},
+        "training": {"learningRate": 1e-4},
+        "schedule": {"layersPerStage": 2, "passes": 3},
+    }
+    disk = []
+    for protection in ({}, {"protection": {"anchor": {"weight": 1}}}):
+        plan = make_plan(StagedFineTuneSpec.model_validate({**body, **protection}), facts())
+        assert isinstance(plan, Plan)
+        disk.append(plan.summary.disk_bytes)
+
+    # 100 rows of 100 tokens, the same in each of the twelve stages.
+    assert disk[1] - disk[0] == 100 * 100 * 512 * 2
+
+
 @pytest.mark.parametrize(("ratio", "rows"), [(0.25, 4), (0.001, 1)])
 def test_replayed_rows_cost_what_rows_cost_with_all_tokens_at_the_head(
     ratio: float, rows: int
@@ -98,3 +117,17 @@ def test_replayed_rows_cost_what_rows_cost_with_all_tokens_at_the_head(
     grown = found.step_flops / plain.step_flops
     assert found.relative_step_flops == pytest.approx(plain.relative_step_flops * grown, rel=1e-4)
     assert found.disk_bytes == plain.disk_bytes
+
+
+def test_replayed_rows_under_expand_train_the_blocks_alone() -> None:
+    method = MethodSpec.model_validate({"type": "Expand", "expand": {"layersPerBlock": 4}})
+    scope = StageScope(LayerRange(first=0, last=3))
+    given = facts(max_row_tokens=100, train_answer_tokens=9900, replay_rows=10, replay_tokens=1000)
+    plain = estimate_stage(given, method, TRAINING, scope)
+    stage = ProtectedStage(method=method, training=TRAINING, scope=scope, rows=50, is_first=True)
+    spec = ProtectionSpec.model_validate({"replay": {"ratio": 0.5, "generated": {}}})
+
+    found = add_protection(plain, spec, given, stage, CLUSTER_GPU)
+
+    # Rows of the same length, all their tokens at the head: half a batch of them costs half.
+    assert found.step_flops == pytest.approx(1.5 * plain.step_flops, rel=1e-9)

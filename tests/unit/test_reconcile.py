@@ -25,6 +25,7 @@ from stagetune_api.names import TrainerExitCode
 from stagetune_api.report import AveragingResult, FailureClass, Timings
 from stagetune_api.stage import StageConfig, Task
 from stagetune_api.status import StagedFineTuneStatus
+from stagetune_api.training_spec import LayerRange
 from stagetune_operator.keys import RunKey
 from stagetune_operator.reconcile import Reconciler
 from stagetune_operator.records import read_status
@@ -1360,6 +1361,48 @@ def test_out_of_memory_halves_a_stages_own_micro_batch() -> None:
     assert sizes == [(16, 1), (12, 6), (12, 3), (12, 1)]
     assert status.state == "Succeeded"
     assert [stage.micro_batch_size for stage in status.stages] == [None, 1]
+
+
+def test_status_says_which_layers_at_the_top_a_stage_opens_too() -> None:
+    status = begun({"spec.schedule": {"layersPerStage": 1, "openTop": 1}}).finish()
+
+    opened = [(stage.layers, stage.top_layers) for stage in status.stages]
+    top = LayerRange(first=3, last=3)
+    assert opened == [
+        (LayerRange(first=0, last=0), top),
+        (LayerRange(first=1, last=1), top),
+        (LayerRange(first=2, last=3), None),
+    ]
+
+
+def test_edited_stage_forgets_the_micro_batch_that_memory_ran_out_down_to() -> None:
+    operator = begun(OWN_BATCHES)
+    refused: list[tuple[int, int]] = []
+
+    def too_large(config: StageConfig, pod: Object) -> Ending:
+        refused.append((config.training.batch_size, config.training.micro_batch_size))
+        if config.training.micro_batch_size > 3:
+            return Ending(exit_code=137, reason="OOMKilled")
+        return fails(FailureClass.DIVERGED, TrainerExitCode.DIVERGED)(config, pod)
+
+    assert operator.finish({"02-upper": too_large}).stages[1].micro_batch_size == 3
+    again = {"number": 1, "fromStage": "lower"}
+    upper = {**OWN_BATCHES["spec.stages"][1], "batchSize": 8, "microBatchSize": 2}
+    operator.cluster.edit_run("finance-qa", lambda spec: spec.update(retry=again))
+    operator.settle()
+    operator.cluster.edit_run(
+        "finance-qa", lambda spec: spec.update(stages=[spec["stages"][0], upper])
+    )
+    trained: list[tuple[int, int]] = []
+
+    def script(config: StageConfig, pod: Object) -> Ending:
+        trained.append((config.training.batch_size, config.training.micro_batch_size))
+        return succeeds(config, pod)
+
+    status = operator.finish({"02-upper": script})
+
+    assert (refused, trained) == ([(12, 6), (12, 3)], [(8, 2)])
+    assert status.stages[1].micro_batch_size is None
 
 
 def test_a_run_follows_the_profile_that_its_prepare_reports() -> None:
