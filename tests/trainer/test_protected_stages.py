@@ -354,10 +354,24 @@ def test_generated_text_is_the_same_for_the_same_seed(
         assert code is TrainerExitCode.SUCCEEDED, report.failure
         assert report.facts is not None
         assert report.facts.data.replay_tokens in (399, 400)
-        digests[name] = report.facts.data.digest
         rows = RowReader(rows_path(tmp_path / name / "prepare" / "data", Split.REPLAY))
         digests[name] = str([list(row.input_ids) for row in rows])
     assert digests["a"] == digests["b"] != digests["c"]
+
+
+def test_text_sampled_in_another_number_format_is_other_data(
+    make_stage_config: MakeConfig,
+) -> None:
+    """The same attempt's text is used again, and that of another precision is not."""
+    digests = []
+    for attempt, precision in enumerate(("FP32", "FP32", "BF16"), start=1):
+        training = {"precision": precision}
+        config = make_stage_config(protection=EVERYTHING, training=training, attempt=attempt)
+        report, code = run_task(config, Never())
+        assert code is TrainerExitCode.SUCCEEDED, report.failure
+        assert report.facts is not None
+        digests.append(report.facts.data.digest)
+    assert digests[0] == digests[1] != digests[2]
 
 
 def test_text_on_which_forgetting_is_measured_is_not_replayed_under_another_name(
