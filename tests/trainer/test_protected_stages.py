@@ -1,9 +1,11 @@
 """Whole stages under protection: what it keeps, what it leaves behind, and the same bits again."""
 
+import errno
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -282,6 +284,24 @@ def test_hidden_states_go_with_their_stage_and_the_rest_with_the_run(
     succeeded(run(0, EVERYTHING, chain=[done], task="Export", retain="Result"))
     assert not layout.cache.exists()
     assert stage.output.exists()
+
+
+def test_hidden_states_that_cannot_be_removed_do_not_fail_the_stage(
+    run: RunTask, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As on a network file system, which keeps a folder whose files are open."""
+    still_open: list[bool] = []
+
+    def refuse(directory: Path) -> None:
+        maps = Path("/proc/self/maps").read_text()
+        still_open.append(f"{directory}/{names.HIDDEN_STATES_FILE}" in maps)
+        raise OSError(errno.ENOTEMPTY, "Directory not empty")
+
+    monkeypatch.setattr(protection, "shutil", SimpleNamespace(rmtree=refuse))
+    report = succeeded(run(0, {"anchor": {"weight": 0.1}}))
+    assert report.output is not None
+    assert still_open == [False]
+    assert "anchor could not be removed" in capsys.readouterr().out
 
 
 def test_checkpoint_under_other_protection_is_not_gone_on_from(
