@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+from transformers import AutoConfig
+
 from stagetune_api import names
 from stagetune_api.report import EvaluationResult, StageReport
 from stagetune_api.spec import ExportFormat
@@ -83,8 +85,8 @@ def _depth(config: StageConfig, directory: Path) -> list[tuple[str, str]]:
     if config.method.type is not MethodType.EXPAND:
         return []
     size = (config.method.expand or ExpandSpec()).layers_per_block
-    path = directory / "config.json"
-    depth: int = json.loads(path.read_text(encoding="utf-8"))["num_hidden_layers"]
+    exported = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    depth: int = exported.get_text_config().num_hidden_layers
     # Every block follows `size` layers of the base.
     added = depth // (size + 1)
     text = f"{depth}, of which {added} were added; the table below counts those of the base"
