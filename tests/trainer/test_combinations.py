@@ -254,7 +254,7 @@ def test_embeddings_that_are_the_head_too_are_averaged_as_one(
 ) -> None:
     model = {"source": f"file://{make_tiny_model('llama', tie_word_embeddings=True)}"}
     stages = [make_stage(0, 0, 1, embeddings=True), make_stage(1, 0, 3, embeddings=True, name="b")]
-    training = {"optimizer": "AdamW8bit"}
+    training = {"optimizer": "AdamW8bit", "optimizerInBackward": True, "microBatchSize": 4}
     chain = runs.chain(stages, model=model, training=training)
     base, plain = runs.base(chain, model=model), runs.weights(chain, model=model)
     name = "model.embed_tokens.weight"
@@ -310,3 +310,14 @@ def test_stopped_stage_with_everything_goes_on_to_the_same_bits(
             assert checkpoint.name not in ("step-0", "step-4")
         digests.append(digest(runs.task("Train", **later, **fields)))
     assert digests[0] == digests[1]
+
+
+def test_model_card_tells_the_sizes_of_batches_that_were_trained_with(
+    runs: Runs, make_stage: MakeStage
+) -> None:
+    sizes = {"batchSize": 8, "microBatchSize": 4}
+    stages = [make_stage(0, 0, 1, **sizes, steps=2), make_stage(1, 2, 3, steps=2)]
+    first = runs.task("Train", stage=stages[0], training=sizes)
+    chain = [first, runs.task("Train", stage=stages[1], chain=[first])]
+    report = runs.task("Export", chain=chain, stages=stages)
+    assert "| Batch size | 8, 4 |" in (Path(str(report.export)) / "README.md").read_text()

@@ -48,6 +48,8 @@ def _header(config: StageConfig) -> str:
 
 def _settings(config: StageConfig, directory: Path) -> str:
     training = config.training
+    # Once each where stages have sizes of their own, in running order.
+    sizes = dict.fromkeys(stage.batch_size or training.batch_size for stage in config.stages)
     rows = [
         ("Method", config.method.type.value),
         *_depth(config, directory),
@@ -56,7 +58,7 @@ def _settings(config: StageConfig, directory: Path) -> str:
         ("Base digest", f"`{config.model_digest}`"),
         ("Data", config.dataset.source),
         ("Data digest", f"`{config.data_digest}`"),
-        ("Batch size", training.batch_size),
+        ("Batch size", ", ".join(map(str, sizes)) or training.batch_size),
         ("Optimizer", training.optimizer.value),
         ("Learning-rate schedule", training.learning_rate_schedule.value),
         ("Seed", training.seed),
