@@ -321,3 +321,48 @@ def test_model_card_tells_the_sizes_of_batches_that_were_trained_with(
     chain = [first, runs.task("Train", stage=stages[1], chain=[first])]
     report = runs.task("Export", chain=chain, stages=stages)
     assert "| Batch size | 8, 4 |" in (Path(str(report.export)) / "README.md").read_text()
+
+
+@pytest.mark.parametrize(
+    ("protection", "is_tokenised"),
+    [
+        ({"replay": {"ratio": 0.9}, "anchor": {"weight": 1.0}, "averaging": {}}, False),
+        ({"replay": {"generated": {"tokens": 300}}}, True),
+    ],
+)
+def test_prepare_does_again_what_other_replayed_text_needs_and_no_more(
+    protection: dict[str, Any],
+    is_tokenised: bool,
+    make_stage_config: MakeConfig,
+    never: Any,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """The profile of gradients goes by the digest of all rows and is measured again with them."""
+    replay = {"ratio": 0.5, "generated": {"tokens": 400}}
+    fields: dict[str, Any] = {"gradient_norm": {"batches": 1}, "protection": {"replay": replay}}
+    first, _ = run_task(make_stage_config(**fields), never)
+    assert first.facts is not None
+    assert first.facts.gradients is not None
+    capsys.readouterr()
+    changed = protection | {"replay": replay | protection["replay"]}
+    again, _ = run_task(make_stage_config(**{**fields, "protection": changed, "attempt": 2}), never)
+    said = capsys.readouterr().out
+    assert again.facts is not None
+    assert again.facts.gradients == first.facts.gradients
+    assert ("found the tokenised rows" in said) is not is_tokenised
+    assert ("measuring the gradient norm" in said) is is_tokenised
+    assert (again.facts.data.digest == first.facts.data.digest) is not is_tokenised
+
+
+def test_stopped_second_pass_of_blocks_goes_on_to_the_same_bits(
+    runs: Runs, make_stage: MakeStage, tmp_path: Path
+) -> None:
+    digests = []
+    for name in ("unbroken", "broken"):
+        fields: dict[str, Any] = {"method": EXPAND, "run_directory": str(tmp_path / name)}
+        chain = runs.chain([make_stage(0, 0, 1), make_stage(1, 2, 3)], **fields)
+        later = {"stage": make_stage(2, 0, 1, name="layers-0-1-p2"), "chain": chain, **fields}
+        if name == "broken":
+            runs.task("Train", stop=AfterChecks(9), **later)
+        digests.append(digest(runs.task("Train", **later)))
+    assert digests[0] == digests[1]
