@@ -17,7 +17,8 @@ def main() -> None:
     parser.add_argument("work", type=Path, help="folder with the inputs; runs are made in it")
     parser.add_argument("id", help="id of a cell")
     options = parser.parse_args()
-    cell = next(cell for cell in cells() if cell.id == options.id)
+    seed = int(options.id.rpartition("_")[2])
+    cell = next(cell for cell in cells((seed,)) if cell.id == options.id)
     # As in a trainer's process: before peft and transformers are imported.
     hide_large_packages()
     from quality_training import run

@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3Config
 
 import tiny_decoders
 from stagetune_api.expansion import block_indices, expanded_index, num_blocks
@@ -17,6 +17,7 @@ from stagetune_api.names import TrainerExitCode
 from stagetune_api.report import StageReport
 from stagetune_api.stage import StageConfig
 from stagetune_api.training_spec import ExpandSpec, LayerRange
+from stagetune_trainer import model_card
 from stagetune_trainer.decoder import freeze_prefix
 from stagetune_trainer.errors import UserError
 from stagetune_trainer.methods.expand import ExpandMethod, check_expandable, residual_writers
@@ -245,3 +246,14 @@ def test_stopped_stage_of_blocks_goes_on_to_the_same_bits(
     assert unbroken.output is not None
     assert resumed.output is not None
     assert resumed.output.digest == unbroken.output.digest
+
+
+def test_model_card_tells_the_depth_of_a_model_whose_text_part_has_its_own_configuration(
+    make_stage_config: MakeConfig, tmp_path: Path
+) -> None:
+    text = {"num_hidden_layers": 6, "hidden_size": 32, "num_attention_heads": 4}
+    Gemma3Config(text_config=text).save_pretrained(tmp_path)
+    assert "num_hidden_layers" not in json.loads((tmp_path / "config.json").read_text())
+    ((name, depth),) = model_card._depth(make_stage_config(method=METHOD), tmp_path)
+    assert name == "Decoder layers"
+    assert depth.startswith("6, of which 2 were added")

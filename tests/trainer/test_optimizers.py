@@ -158,6 +158,13 @@ def test_moments_take_a_byte_and_those_of_small_tensors_stay_fp32() -> None:
         assert state["exp_avg"].dtype is state["exp_avg_sq"].dtype is torch.float32
 
 
+def test_whole_state_stands_where_a_checkpoint_puts_it_back() -> None:
+    """A GPU rounds otherwise beside a number of the host's; no GPU is needed to see where it is."""
+    for size in (64, 8192):
+        state = adamw_8bit._new_state(torch.empty(size, device="meta"))
+        assert {value.device.type for value in state.values()} == {"meta"}
+
+
 def test_large_tensor_is_updated_in_parts_with_the_same_result(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:

@@ -1,9 +1,11 @@
 """Whole stages under protection: what it keeps, what it leaves behind, and the same bits again."""
 
+import errno
 import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -279,9 +281,31 @@ def test_hidden_states_go_with_their_stage_and_the_rest_with_the_run(
     done = succeeded(run(0, EVERYTHING))
     assert not stage.anchor.exists()
     assert layout.cache.exists()
+    # What a stage could not remove goes with the rest.
+    stage.anchor.mkdir()
+    (stage.anchor / names.HIDDEN_STATES_FILE).touch()
     succeeded(run(0, EVERYTHING, chain=[done], task="Export", retain="Result"))
     assert not layout.cache.exists()
+    assert not stage.anchor.exists()
     assert stage.output.exists()
+
+
+def test_hidden_states_that_cannot_be_removed_do_not_fail_the_stage(
+    run: RunTask, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As on a network file system, which keeps a folder whose files are open."""
+    still_open: list[bool] = []
+
+    def refuse(directory: Path) -> None:
+        maps = Path("/proc/self/maps").read_text()
+        still_open.append(f"{directory}/{names.HIDDEN_STATES_FILE}" in maps)
+        raise OSError(errno.ENOTEMPTY, "Directory not empty")
+
+    monkeypatch.setattr(protection, "shutil", SimpleNamespace(rmtree=refuse))
+    report = succeeded(run(0, {"anchor": {"weight": 0.1}}))
+    assert report.output is not None
+    assert still_open == [False]
+    assert "anchor could not be removed" in capsys.readouterr().out
 
 
 def test_checkpoint_under_other_protection_is_not_gone_on_from(
@@ -354,10 +378,24 @@ def test_generated_text_is_the_same_for_the_same_seed(
         assert code is TrainerExitCode.SUCCEEDED, report.failure
         assert report.facts is not None
         assert report.facts.data.replay_tokens in (399, 400)
-        digests[name] = report.facts.data.digest
         rows = RowReader(rows_path(tmp_path / name / "prepare" / "data", Split.REPLAY))
         digests[name] = str([list(row.input_ids) for row in rows])
     assert digests["a"] == digests["b"] != digests["c"]
+
+
+def test_text_sampled_in_another_number_format_is_other_data(
+    make_stage_config: MakeConfig,
+) -> None:
+    """The same attempt's text is used again, and that of another precision is not."""
+    digests = []
+    for attempt, precision in enumerate(("FP32", "FP32", "BF16"), start=1):
+        training = {"precision": precision}
+        config = make_stage_config(protection=EVERYTHING, training=training, attempt=attempt)
+        report, code = run_task(config, Never())
+        assert code is TrainerExitCode.SUCCEEDED, report.failure
+        assert report.facts is not None
+        digests.append(report.facts.data.digest)
+    assert digests[0] == digests[1] != digests[2]
 
 
 def test_text_on_which_forgetting_is_measured_is_not_replayed_under_another_name(

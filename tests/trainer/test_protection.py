@@ -20,13 +20,14 @@ from stagetune_trainer.data.batches import (
     TrainingRows,
     collate,
     open_split,
+    open_training_rows,
 )
 from stagetune_trainer.data.store import RowReader, Split
 from stagetune_trainer.decoder import Decoder, checkpoint_activations, freeze_prefix
 from stagetune_trainer.loss import AnswerLoss
 from stagetune_trainer.metrics import ProgressLog
 from stagetune_trainer.model import Numerics, load_base
-from stagetune_trainer.protect import distillation
+from stagetune_trainer.protect import anchor, distillation, replay, teacher
 from stagetune_trainer.protect.distillation import TeacherTargets, answer_sums, full_logits
 from stagetune_trainer.protect.objective import Objective
 from stagetune_trainer.protect.protection import Protection
@@ -400,6 +401,37 @@ def test_file_that_is_written_in_pieces_is_an_ordinary_safetensors_file(tmp_path
     rows = RowTensors(path)
     assert torch.equal(rows.rows("half", (2, 0)), values.half()[[2, 3, 4, 5, 6, 0, 1]])
     assert rows.rows("numbers", (1,)).shape == (0,)
+
+
+def test_file_takes_all_of_its_room_at_once(tmp_path: Path) -> None:
+    """Written through a mapping, a file with holes kills the process where the disk runs full."""
+    path = tmp_path / "x.safetensors"
+    TensorFileWriter(path, {"half": (torch.float16, (1000, 1000))})
+    assert path.stat().st_size > 2_000_000
+    assert path.stat().st_blocks * 512 >= path.stat().st_size
+
+
+def test_stage_that_ran_out_of_memory_looks_at_fewer_rows_at_once_everywhere(
+    make_later_config: MakeConfig, make_stage: MakeStage, never: Any, monkeypatch: Any
+) -> None:
+    """The file has then a smaller micro-batch than the stage's own."""
+    sizes: list[int] = []
+
+    def counted(stored: Any, **options: Any) -> Batch:
+        sizes.append(len(stored))
+        return collate(stored, **options)
+
+    for module in (anchor, replay, teacher):
+        monkeypatch.setattr(module, "collate", counted)
+    stage = make_stage(0, 1, 2, batchSize=8, microBatchSize=4)
+    training = {"batchSize": 8, "microBatchSize": 2}
+    config = make_later_config("Train", stage=stage, training=training, protection=PROTECTION)
+    work = Workbench(config, never)
+    protection = work.protection()
+    protection.look_at_base(work.base())
+    replayed = protection.micro_batches(open_training_rows(config, work.stage))(0)
+    assert [len(batch.lengths) for batch in replayed] == [2, 2, 2, 2, 2, 2]
+    assert set(sizes) == {2}
 
 
 def test_reference_of_another_depth_is_not_taken_for_this_one(

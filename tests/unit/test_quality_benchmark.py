@@ -1,10 +1,14 @@
 """The quality benchmark compares what it says: fronts, equal loss, pairs, tables."""
 
+import json
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+import quality_cell
 from quality_arms import ARMS, REFERENCE, SEEDS, cells, titles
 from quality_fronts import best, compare, equal_or_better, front, mcnemar, points_of, summarise
 from quality_page import BEGIN, END, write_tables
@@ -55,6 +59,19 @@ def test_cells_are_told_apart_by_their_ids() -> None:
     ids = [name for cell in cells() for name in cell.ids]
     assert len(ids) == len(set(ids))
     assert {name.split("_")[0] for name in ids} == set(titles())
+
+
+def test_cell_of_any_seed_is_found_by_its_id(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As `--seeds` may name others than the usual ones."""
+    training = SimpleNamespace(run=lambda cell, work: [{"id": cell.id, "seed": cell.seed}])
+    monkeypatch.setitem(sys.modules, "quality_training", training)  # type: ignore[arg-type]
+    monkeypatch.setattr(quality_cell, "hide_large_packages", lambda: None)
+    other = next(iter(cells((17,))))
+    monkeypatch.setattr(sys, "argv", ["quality_cell.py", str(tmp_path), other.id])
+    quality_cell.main()
+    assert json.loads(capsys.readouterr().out) == {"id": other.id, "seed": 17}
 
 
 def test_reference_has_its_rates_and_passes_swept() -> None:

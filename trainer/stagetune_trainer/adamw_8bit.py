@@ -101,7 +101,9 @@ class AdamW8bit(Optimizer):
 
 def _new_state(parameter: Tensor) -> dict[str, Tensor]:
     """Return the state before the first step: all moments zero."""
-    state = {"step": torch.tensor(0.0)}
+    # On the device, where a checkpoint puts it back: a GPU divides by a number of the host's with
+    # other bits.
+    state = {"step": torch.tensor(0.0, device=parameter.device)}
     is_quantised = parameter.numel() >= MIN_QUANTISED_SIZE and parameter.numel() % BLOCK_SIZE == 0
     for name in _MOMENTS:
         if is_quantised:

@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+from transformers import AutoConfig
+
 from stagetune_api import names
 from stagetune_api.report import EvaluationResult, StageReport
 from stagetune_api.spec import ExportFormat
@@ -46,6 +48,8 @@ def _header(config: StageConfig) -> str:
 
 def _settings(config: StageConfig, directory: Path) -> str:
     training = config.training
+    # Once each where stages have sizes of their own, in running order.
+    sizes = dict.fromkeys(stage.batch_size or training.batch_size for stage in config.stages)
     rows = [
         ("Method", config.method.type.value),
         *_depth(config, directory),
@@ -54,7 +58,7 @@ def _settings(config: StageConfig, directory: Path) -> str:
         ("Base digest", f"`{config.model_digest}`"),
         ("Data", config.dataset.source),
         ("Data digest", f"`{config.data_digest}`"),
-        ("Batch size", training.batch_size),
+        ("Batch size", ", ".join(map(str, sizes)) or training.batch_size),
         ("Optimizer", training.optimizer.value),
         ("Learning-rate schedule", training.learning_rate_schedule.value),
         ("Seed", training.seed),
@@ -83,8 +87,8 @@ def _depth(config: StageConfig, directory: Path) -> list[tuple[str, str]]:
     if config.method.type is not MethodType.EXPAND:
         return []
     size = (config.method.expand or ExpandSpec()).layers_per_block
-    path = directory / "config.json"
-    depth: int = json.loads(path.read_text(encoding="utf-8"))["num_hidden_layers"]
+    exported = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    depth: int = exported.get_text_config().num_hidden_layers
     # Every block follows `size` layers of the base.
     added = depth // (size + 1)
     text = f"{depth}, of which {added} were added; the table below counts those of the base"

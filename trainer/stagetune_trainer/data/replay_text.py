@@ -83,8 +83,9 @@ class TextFromBase:
 
     @property
     def settings(self) -> dict[str, object]:
-        """How much is sampled, and how."""
-        return {"replay": self.spec.model_dump(mode="json")}
+        """How much is sampled, how, and in which number format."""
+        dtype = str(self.numerics.dtype)
+        return {"replay": {**self.spec.model_dump(mode="json"), "dtype": dtype}}
 
     def rows(self, tokenizer: PreTrainedTokenizerBase, *, max_length: int) -> Iterator[StoredRow]:
         """Yield texts of `spec.tokens` tokens in all; the same ones for the same seed."""

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from stagetune_api.expansion import block_indices, num_blocks
 from stagetune_api.problems import ProblemReason
 from stagetune_api.stage import PlannedStage
-from stagetune_api.training_spec import ExpandSpec
+from stagetune_api.training_spec import ExpandSpec, LayerRange
 from stagetune_trainer.decoder import Decoder, find_decoder
 from stagetune_trainer.errors import UserError
 from stagetune_trainer.methods.full import FullMethod
@@ -34,6 +34,8 @@ class ExpandMethod(FullMethod):
     def __init__(self, spec: ExpandSpec | None, master_dtype: torch.dtype = torch.float32) -> None:
         super().__init__(master_dtype)
         self._size = (spec or ExpandSpec()).layers_per_block
+        self._handed_on: set[str] = set()
+        """Parameters that earlier stages have trained."""
 
     @torch.no_grad()
     def reshape(self, decoder: Decoder) -> None:
@@ -65,10 +67,23 @@ class ExpandMethod(FullMethod):
     def open(self, decoder: Decoder, stage: PlannedStage) -> dict[str, nn.Parameter]:
         """Make the stage's blocks trainable and return them by their model name.
 
-        Raises UserError where a block would change what the base computes.
+        Raises UserError where a block that no stage has trained yet would change what the base
+        computes.
         """
-        _check_blocks_do_nothing(decoder, self._blocks(stage))
+        beginning = [
+            index
+            for index in self._blocks(stage)
+            if not any(
+                name.startswith(f"{decoder.layers_path}.{index}.") for name in self._handed_on
+            )
+        ]
+        _check_blocks_do_nothing(decoder, beginning)
         return super().open(decoder, stage)
+
+    def apply(self, decoder: Decoder, layers: LayerRange, tensors: Mapping[str, Tensor]) -> None:
+        """Overwrite the blocks with a finished stage's, which a later one may go on with."""
+        super().apply(decoder, layers, tensors)
+        self._handed_on |= tensors.keys()
 
     def _blocks(self, stage: PlannedStage) -> list[int]:
         blocks = {

@@ -70,6 +70,11 @@ class Anchor:
         """Look at the next forward pass."""
         self._tap.arm()
 
+    def close(self) -> None:
+        """Let go of the layer and of the file."""
+        self._tap.close()
+        del self._tensors
+
     def distance_sum(self, batch: Batch) -> Tensor:
         """Return the relative squared distances of that pass over `batch`, summed over tokens.
 

@@ -58,6 +58,7 @@ class Protection:
         self._meter_teacher: Teacher | None = None
         self._teacher: Teacher | None = None
         self._hidden_states: Path | None = None
+        self._opened_anchor: Anchor | None = None
 
     def look_at_base(self, decoder: Decoder) -> None:
         """Make sure that the volume holds what `decoder`, the bare base model, has to say.
@@ -100,7 +101,7 @@ class Protection:
             if self._config.method.type is MethodType.EXPAND:
                 raise ValueError("an expanded model has no layer to be anchored")
             layer = loss.decoder.layers[self._stage.layers.last]
-            anchor = Anchor(self._hidden_states, layer)
+            anchor = self._opened_anchor = Anchor(self._hidden_states, layer)
         return Objective(
             loss,
             teacher=self._teacher,
@@ -126,15 +127,25 @@ class Protection:
         )
 
     def close(self) -> None:
-        """Remove what only this stage needed; after its output is published."""
+        """Remove what only this stage needed; after its output is published.
+
+        What cannot be removed is told and left: the output is there all the same.
+        """
+        if self._opened_anchor is not None:
+            # A network file system keeps a file that is open, and the folder with it.
+            self._opened_anchor.close()
         anchor = names.StageLayout(self._stage_root).anchor
         if anchor.exists():
             self._fence.check()
-            shutil.rmtree(anchor)
+            try:
+                shutil.rmtree(anchor)
+            except OSError as error:
+                self._log.message(f"{anchor} could not be removed: {error}")
 
     @property
     def _micro_batch_size(self) -> int:
-        return self._stage.micro_batch_size or self._config.training.micro_batch_size
+        # Not the stage's: after a lack of memory the file has a smaller one.
+        return self._config.training.micro_batch_size
 
     def _open_teacher(
         self,

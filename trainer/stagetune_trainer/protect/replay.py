@@ -81,6 +81,7 @@ def open_replay_rows(config: StageConfig, stage: PlannedStage, ratio: float) -> 
     return ReplayRows(
         open_split(config, Split.REPLAY),
         key=(config.training.seed, stage.index),
-        per_step=rows_per_step(ratio, stage.batch_size or config.training.batch_size),
-        micro_batch_size=stage.micro_batch_size or config.training.micro_batch_size,
+        # The file's sizes are the stage's own, or smaller ones after a lack of memory.
+        per_step=rows_per_step(ratio, config.training.batch_size),
+        micro_batch_size=config.training.micro_batch_size,
     )

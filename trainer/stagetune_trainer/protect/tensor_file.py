@@ -6,6 +6,7 @@ shapes and offsets, and behind it the bare numbers.
 """
 
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,10 @@ class TensorFileWriter:
     def __init__(
         self, path: Path, tensors: Mapping[str, tuple[torch.dtype, tuple[int, ...]]]
     ) -> None:
-        """Make the file at its full size; `tensors` gives dtype and shape by name."""
+        """Make the file at its full size; `tensors` gives dtype and shape by name.
+
+        Raises OSError where the disk has no room for it.
+        """
         header: dict[str, Any] = {}
         ends = [0]
         for name, (dtype, shape) in tensors.items():
@@ -37,7 +41,9 @@ class TensorFileWriter:
         text += b" " * (-len(text) % 8)
         with path.open("wb") as file:
             file.write(len(text).to_bytes(8, "little") + text)
-            file.truncate(8 + len(text) + ends[-1])
+            file.flush()
+            # Room is taken at once: where a disk runs full behind a mapping, the process is killed.
+            os.posix_fallocate(file.fileno(), 0, 8 + len(text) + ends[-1])
         self._maps: dict[str, Any] = {
             name: np.memmap(
                 path,
