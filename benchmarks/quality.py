@@ -131,9 +131,19 @@ def read_results() -> list[dict[str, Any]]:
     return [json.loads(line) for line in CELLS.read_text(encoding="utf-8").splitlines()]
 
 
+def read_base(work: Path) -> dict[str, Any]:
+    """Return the base model's scores: measured in `work`, or in an earlier sweep elsewhere."""
+    path = work / BASE_FILE
+    if path.exists():
+        found: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return found
+    earlier: dict[str, Any] = json.loads(RESULT.read_text(encoding="utf-8"))["base"]
+    return earlier
+
+
 def write_results(work: Path) -> None:
     """Write the JSON file and the tables of the page from all lines."""
-    base = json.loads((work / BASE_FILE).read_text(encoding="utf-8"))
+    base = read_base(work)
     results = read_results()
     summary = {
         "model": "SmolLM2-135M-Instruct",
