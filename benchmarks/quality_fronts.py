@@ -3,6 +3,7 @@
 All pure: cells in, numbers out. Forgetting is the rise of the loss on general text over the base's.
 """
 
+import itertools
 import math
 import random
 import statistics
@@ -109,20 +110,74 @@ def compare(point: Point, reference: Point, base_general: float) -> dict[str, An
 
 
 def against(points: Sequence[Point], reference: Sequence[Point], base: float) -> dict[str, Any]:
-    """Return how an arm stands against the reference: at its best point, and along its front."""
+    """Return how an arm stands against the reference: at that one's best point, and at its own.
+
+    `alongFront` holds each point of the arm's front beside the reference's front at equal loss.
+    """
     target = best(reference)
     found: dict[str, Any] = {}
     for name, in_time in (("inTime", True), ("anyTime", False)):
         point = equal_or_better(points, target, in_time=in_time)
         found[name] = compare(point, target, base) if point else None
-    along = []
-    for other in front(reference):
-        point = equal_or_better(points, other)
-        if point is not None:
-            along.append(compare(point, other, base))
-    found["alongFront"] = along
-    found["reachedOfFront"] = [len(along), len(front(reference))]
+    found["alongFront"] = [
+        beside
+        for point in front(points)
+        if (beside := beside_front(point, reference, base)) is not None
+    ]
     return found
+
+
+def beside_front(
+    point: Point, reference: Sequence[Point], base_general: float
+) -> dict[str, Any] | None:
+    """Return `point` beside the reference's front at the same validation loss, paired by seed.
+
+    Between two points of the front what is forgotten and the seconds lie on a straight line over
+    the logarithm of the loss. None where no seed's loss is within its front.
+    """
+    pairs = []
+    for mine in point.seeds:
+        of_seed = [
+            Point(arm=other.arm, rate=other.rate, passes=other.passes, seeds=(result,))
+            for other in reference
+            for result in other.seeds
+            if result["seed"] == mine["seed"]
+        ]
+        at_loss = interpolate(front(of_seed), mine["validationLoss"])
+        if at_loss is not None:
+            pairs.append((mine, *at_loss))
+    if not pairs:
+        return None
+    forgotten = statistics.fmean(mine["generalLoss"] for mine, _, _ in pairs) - base_general
+    theirs = statistics.fmean(general for _, general, _ in pairs) - base_general
+    seconds = statistics.fmean(seconds for _, _, seconds in pairs)
+    return {
+        "rate": point.rate,
+        "passes": point.passes,
+        "seeds": len(pairs),
+        "validationLoss": round(statistics.fmean(m["validationLoss"] for m, _, _ in pairs), 4),
+        "forgetting": round(forgotten, 4),
+        "referenceForgetting": round(theirs, 4),
+        "forgettingRatio": round(forgotten / theirs, 3) if theirs > 0 else None,
+        "secondsRatio": round(statistics.fmean(m["seconds"] for m, _, _ in pairs) / seconds, 3),
+    }
+
+
+def interpolate(points: Sequence[Point], validation_loss: float) -> tuple[float, float] | None:
+    """Return the general loss and the seconds of a front at `validation_loss`.
+
+    None where that lies outside of the front.
+    """
+    for lower, upper in itertools.pairwise(points):
+        low, high = lower.mean("validationLoss"), upper.mean("validationLoss")
+        if low <= validation_loss <= high:
+            share = math.log(validation_loss / low) / math.log(high / low)
+            general, seconds = (
+                lower.mean(score) + share * (upper.mean(score) - lower.mean(score))
+                for score in ("generalLoss", "seconds")
+            )
+            return general, seconds
+    return None
 
 
 def mcnemar(won: int, lost: int) -> float:

@@ -62,23 +62,17 @@ def _fronts(summary: dict[str, Any]) -> Iterator[str]:
 
 def _against(summary: dict[str, Any]) -> Iterator[str]:
     yield (
-        "| arm | rate, passes | validation loss (LoRA) | forgetting (LoRA) | ratio | "
-        "difference, 95 % | seconds ratio | answers won : lost, p |"
+        "| arm | rate, passes | validation loss | forgetting | LoRA's there | ratio | "
+        "seconds, ratio | seeds |"
     )
     yield "| --- | --- | --- | --- | --- | --- | --- | --- |"
     titles = {arm["name"]: arm["title"] for arm in summary["arms"]}
     for name, found in summary.get("againstLora", {}).items():
-        row = found["inTime"] or found["anyTime"]
-        if row is None:
-            yield f"| {titles[name]} | – | not reached | – | – | – | – | – |"
-            continue
-        low, high = row["forgettingDifferenceInterval95"]
-        won, lost = row["exactMatchWonLost"]
-        ratio = "–" if row["forgettingRatio"] is None else f"{row['forgettingRatio']:.2f}"
-        yield (
-            f"| {titles[name]} | {row['rate']:g}, {row['passes']:g} | "
-            f"{row['validationLoss']:.3f} ({row['referenceValidationLoss']:.3f}) | "
-            f"{row['forgetting']:+.4f} ({row['referenceForgetting']:+.4f}) | {ratio} | "
-            f"{low:+.4f} to {high:+.4f} | {row['secondsRatio']:.2f} | "
-            f"{won} : {lost}, {row['exactMatchP']:.3g} |"
-        )
+        for row in found["alongFront"]:
+            ratio = "–" if row["forgettingRatio"] is None else f"{row['forgettingRatio']:.2f}"
+            yield (
+                f"| {titles[name]} | {row['rate']:g}, {row['passes']:g} | "
+                f"{row['validationLoss']:.3f} | {row['forgetting']:+.4f} | "
+                f"{row['referenceForgetting']:+.4f} | {ratio} | {row['secondsRatio']:.2f} | "
+                f"{row['seeds']} |"
+            )

@@ -10,7 +10,16 @@ import pytest
 
 import quality_cell
 from quality_arms import ARMS, REFERENCE, SEEDS, cells, titles
-from quality_fronts import best, compare, equal_or_better, front, mcnemar, points_of, summarise
+from quality_fronts import (
+    beside_front,
+    best,
+    compare,
+    equal_or_better,
+    front,
+    mcnemar,
+    points_of,
+    summarise,
+)
 from quality_page import BEGIN, END, write_tables
 from stagetune_api.spec import StagedFineTune
 from stagetune_api.validation import parse_manifest
@@ -135,6 +144,31 @@ def test_comparison_pairs_seeds_and_counts_forgetting_over_the_base() -> None:
     assert high == pytest.approx(-0.08, abs=1e-3)
 
 
+def test_front_of_the_reference_is_interpolated_at_equal_loss_seed_by_seed() -> None:
+    """Half way between losses of 0.1 and 0.4 on a logarithmic scale is 0.2."""
+    reference = points_of(
+        [
+            result("lora", 2e-3, 0.1, 4.4, seconds=100, seed=1),
+            result("lora", 1e-3, 0.4, 4.2, seconds=60, seed=1),
+            result("lora", 2e-3, 0.1, 4.8, seconds=100, seed=2),
+        ]
+    )["lora"]
+    (point,) = points_of(
+        [
+            result("a", 1e-4, 0.2, 4.1, seconds=40, seed=1),
+            result("a", 1e-4, 0.2, 4.9, seconds=40, seed=2),
+        ]
+    )["a"]
+    found = beside_front(point, reference, BASE["generalLoss"])
+    assert found is not None
+    assert found["seeds"] == 1  # seed 2 has no front, only a point
+    assert found["referenceForgetting"] == pytest.approx(0.3)
+    assert found["forgettingRatio"] == pytest.approx(1 / 3, abs=1e-3)
+    assert found["secondsRatio"] == pytest.approx(0.5)
+    (outside,) = points_of([result("a", 1e-4, 0.05, 4.1)])["a"]
+    assert beside_front(outside, reference, BASE["generalLoss"]) is None
+
+
 @pytest.mark.parametrize(
     ("won", "lost", "expected"), [(0, 0, 1.0), (5, 5, 1.0), (10, 0, 2 / 2**10), (8, 1, 20 / 2**9)]
 )
@@ -145,7 +179,8 @@ def test_mcnemar_is_the_exact_binomial(won: int, lost: int, expected: float) -> 
 def test_summary_has_what_the_page_and_readers_of_the_file_need(tmp_path: Path) -> None:
     results = [
         result("lora", 1e-3, 0.3, 4.1),
-        result("open-top", 1e-4, 0.2, 4.03, seconds=90),
+        result("lora", 5e-4, 0.3 * 4, 4.02, seconds=50),
+        result("open-top", 1e-4, 0.6, 4.03, seconds=90),
         result("full", 1e-4, 0.9, 4.01),
     ]
     summary = {"base": BASE, **summarise(results, BASE, titles(), REFERENCE)}
@@ -155,7 +190,8 @@ def test_summary_has_what_the_page_and_readers_of_the_file_need(tmp_path: Path) 
     assert needed | {"peakMemoryBytes"} <= arms["lora"].keys()
     assert needed | {"peakMemoryBytes", "seed"} <= arms["lora"]["seeds"][0].keys()
     assert set(summary["fronts"]) == set(arms)
-    assert summary["againstLora"]["open-top"]["inTime"]["forgettingRatio"] == pytest.approx(0.3)
+    (row,) = summary["againstLora"]["open-top"]["alongFront"]
+    assert row["forgettingRatio"] == pytest.approx(0.5)
     assert summary["againstLora"]["full"]["anyTime"] is None
 
     page = tmp_path / "quality.md"
@@ -165,7 +201,6 @@ def test_summary_has_what_the_page_and_readers_of_the_file_need(tmp_path: Path) 
     text = page.read_text()
     assert "old" not in text
     assert text.count("Words.") == 2
-    assert "| not reached |" in text
-    assert "| 0.30 |" in text
+    assert "| 0.50 |" in text
     write_tables(page, summary)
     assert page.read_text() == text
