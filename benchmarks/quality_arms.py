@@ -183,6 +183,17 @@ ARMS = (
         derived=_averaged("open top, replay"),
     ),
     Arm(
+        name="two-open-top-replay",
+        title="2 stages, open top, generated replay",
+        edits={
+            "schedule.stageCount": 2,
+            "schedule.openTop": 3,
+            "protection.replay": {"ratio": 0.125, **_GENERATED},
+        },
+        rates=_STAGED_RATES,
+        passes=(1, 1.5),
+    ),
+    Arm(
         name="open-top-anchor",
         title="open top, anchor",
         edits={**_OPEN_TOP, "protection.anchor": {"weight": 1.0}},
