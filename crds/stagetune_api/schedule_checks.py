@@ -51,7 +51,7 @@ def check_schedule_options(spec: StagedFineTuneSpec) -> Iterator[Problem]:
         found = ", ".join(name for name, is_given in given.items() if is_given)
         yield conflict(
             "spec.schedule",
-            f"Expand trains only blocks that it adds, each in one stage; remove {found}",
+            f"Expand trains only blocks that it adds; remove {found}",
         )
 
 
@@ -115,7 +115,7 @@ def check_stage_options(spec: StagedFineTuneSpec) -> Iterator[Problem]:
         if stage.open_top and spec.method.type is MethodType.EXPAND:
             yield conflict(
                 f"{path}.openTop",
-                "Expand trains only blocks that it adds, each in one stage; remove openTop",
+                "Expand trains only blocks that it adds; remove openTop",
             )
         if stage.rank and spec.method.type not in (MethodType.LORA, MethodType.QLORA):
             yield conflict(

@@ -65,7 +65,7 @@ SCHEDULE_RULES = (
         f"self.method.type != '{MethodType.EXPAND}' || !has(self.schedule) || "
         "(self.schedule.openTop == 0 && !self.schedule.cumulative && self.schedule.overlap == 0 && "
         f"self.schedule.order != '{Order.GRADIENT_NORM}')",
-        "Expand trains only blocks that it adds, each in one stage; remove openTop, cumulative, "
+        "Expand trains only blocks that it adds; remove openTop, cumulative, "
         "overlap and order GradientNorm from the schedule",
         ".schedule",
     ),
@@ -73,7 +73,7 @@ SCHEDULE_RULES = (
         "spec",
         f"self.method.type != '{MethodType.EXPAND}' || !has(self.stages) || "
         "self.stages.all(s, s.openTop == 0)",
-        "Expand trains only blocks that it adds, each in one stage; remove openTop from the stages",
+        "Expand trains only blocks that it adds; remove openTop from the stages",
         ".stages",
     ),
     Rule(

@@ -377,6 +377,10 @@ class ReplaySpec(ApiModel):
     max_tokens: Annotated[int, Field(ge=64, le=10000000)] = 100000
     """maxTokens of the source that are read; without meaning for generated text."""
 
+    def rows_per_step(self, batch_size: int) -> int:
+        """Return how many rows are added to each batch: the nearest number, and at least one."""
+        return max(1, round(self.ratio * batch_size))
+
 
 class AveragingSpec(ApiModel):
     """Average base and tuned weights at export (WiSE-FT, arXiv 2109.01903)."""

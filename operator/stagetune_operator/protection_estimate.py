@@ -61,11 +61,6 @@ def has_weight(part: object) -> bool:
     return getattr(part, "weight", 0.0) > 0
 
 
-def replayed_rows(ratio: float, batch_size: int) -> int:
-    """Return how many rows are added to each batch."""
-    return max(1, round(ratio * batch_size))
-
-
 def _step_flops(protection: ProtectionSpec, facts: Facts, stage: ProtectedStage) -> int:
     """Return the operations that one optimizer step has more.
 
@@ -75,7 +70,7 @@ def _step_flops(protection: ProtectionSpec, facts: Facts, stage: ProtectedStage)
     """
     model, flops = facts.model, 0
     if protection.replay is not None:
-        rows = replayed_rows(protection.replay.ratio, stage.training.batch_size)
+        rows = protection.replay.rows_per_step(stage.training.batch_size)
         training = stage.training.model_copy(update={"batch_size": rows})
         replayed = facts.model_copy(update={"data": _replay_data(facts.data)})
         deeper, scope = expanded(replayed, stage.method, stage.scope)

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from stagetune_api.stage import PlannedStage, StageConfig
-from stagetune_api.training_spec import LayerRange
+from stagetune_api.training_spec import LayerRange, ReplaySpec
 from stagetune_trainer.checkpoint import Fence
 from stagetune_trainer.data.batches import (
     IGNORED,
@@ -32,7 +32,7 @@ from stagetune_trainer.protect.distillation import TeacherTargets, answer_sums, 
 from stagetune_trainer.protect.objective import Objective
 from stagetune_trainer.protect.protection import Protection
 from stagetune_trainer.protect.reference import ReferenceFolder
-from stagetune_trainer.protect.replay import ReplayRows, rows_per_step
+from stagetune_trainer.protect.replay import ReplayRows
 from stagetune_trainer.protect.teacher import TeacherSpec, open_teacher
 from stagetune_trainer.protect.tensor_file import RowTensors, TensorFileWriter, row_offsets
 
@@ -317,7 +317,7 @@ def test_anchor_is_the_mean_relative_distance_of_real_tokens(
     ("ratio", "batch_size", "added"), [(0.25, 16, 4), (0.01, 16, 1), (0.5, 5, 2), (0.9, 1, 1)]
 )
 def test_ratio_says_how_many_rows_are_added(ratio: float, batch_size: int, added: int) -> None:
-    assert rows_per_step(ratio, batch_size) == added
+    assert ReplaySpec(ratio=ratio).rows_per_step(batch_size) == added
 
 
 def test_replayed_rows_come_beside_the_batch_and_all_of_them_as_often(

@@ -115,7 +115,7 @@ class Protection:
         """Return the micro-batches of a step, those of replayed text among them."""
         if self._replay is None:
             return rows.micro_batches
-        replay = open_replay_rows(self._config, self._stage, self._replay.ratio)
+        replay = open_replay_rows(self._config, self._stage, self._replay)
         return RowsWithReplay(rows, replay).micro_batches
 
     def meters(self, loss: AnswerLoss) -> Meters:

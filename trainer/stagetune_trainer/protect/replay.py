@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from stagetune_api.stage import PlannedStage, StageConfig
+from stagetune_api.training_spec import ReplaySpec
 from stagetune_trainer.data.batches import (
     Batch,
     Purpose,
@@ -21,11 +22,6 @@ from stagetune_trainer.data.batches import (
 )
 from stagetune_trainer.data.store import RowReader, Split
 from stagetune_trainer.protect.teacher import batches_of
-
-
-def rows_per_step(ratio: float, batch_size: int) -> int:
-    """Return how many rows are added to each batch: the nearest number, and at least one."""
-    return max(1, round(ratio * batch_size))
 
 
 class ReplayRows:
@@ -76,12 +72,12 @@ class RowsWithReplay:
         return [*self._rows.micro_batches(step), *self._replay.micro_batches(step)]
 
 
-def open_replay_rows(config: StageConfig, stage: PlannedStage, ratio: float) -> ReplayRows:
+def open_replay_rows(config: StageConfig, stage: PlannedStage, spec: ReplaySpec) -> ReplayRows:
     """Return the replayed rows of `stage`; raises ArtifactError where they are not sound."""
     return ReplayRows(
         open_split(config, Split.REPLAY),
         key=(config.training.seed, stage.index),
         # The file's sizes are the stage's own, or smaller ones after a lack of memory.
-        per_step=rows_per_step(ratio, config.training.batch_size),
+        per_step=spec.rows_per_step(config.training.batch_size),
         micro_batch_size=config.training.micro_batch_size,
     )
