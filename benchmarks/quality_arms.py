@@ -168,6 +168,7 @@ ARMS = (
         title="2 stages, top 3 layers always open",
         edits={"schedule.stageCount": 2, "schedule.openTop": 3},
         rates=_STAGED_RATES,
+        passes=(1, 1.5),
     ),
     Arm(
         name="cumulative",
@@ -180,7 +181,6 @@ ARMS = (
         title="open top, generated replay",
         edits={**_OPEN_TOP, "protection.replay": {"ratio": 0.125, **_GENERATED}},
         rates=_STAGED_RATES,
-        derived=_averaged("open top, replay"),
     ),
     Arm(
         name="two-open-top-replay",
