@@ -175,10 +175,24 @@ def test_pods_are_restricted_and_hold_one_token_for_progress_alone(
         assert spec["securityContext"]["runAsNonRoot"] is True
 
 
+def with_a_long_second_stage(manifest: Object) -> Object:
+    """Return `manifest` with a second stage that does not end while something is done to it."""
+    spec = {part: value for part, value in manifest["spec"].items() if part != "schedule"}
+    epochs = (STAGE_EPOCHS, 5 * STAGE_EPOCHS)
+    layers = ({"first": 0, "last": 1}, {"first": 2, "last": 3})
+    spec["stages"] = [
+        {"name": f"layers-{opened['first']}-{opened['last']}", "layers": opened, "epochs": passes}
+        for opened, passes in zip(layers, epochs, strict=True)
+    ]
+    return {**manifest, "spec": spec}
+
+
 def test_killed_pod_and_killed_operator_change_no_bit(
-    staged: StagedCluster, inputs: str, expected: dict[str, str]
+    staged: StagedCluster, inputs: str, workspace: Path, tmp_path: Path
 ) -> None:
-    staged.apply(on_cluster(tiny_manifest("killed", inputs)))
+    local = with_a_long_second_stage(tiny_manifest("local", f"file://{workspace}"))
+    expected = run_locally(local, tmp_path, RUN_SECONDS)
+    staged.apply(on_cluster(with_a_long_second_stage(tiny_manifest("killed", inputs))))
     staged.await_status("killed", is_training(0), what="first stage", seconds=RUN_SECONDS)
     # Without a word of warning: the process is gone before it could save.
     pod = staged.pods("killed", "01-layers-0-1")[-1]["metadata"]["name"]

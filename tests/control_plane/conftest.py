@@ -57,7 +57,7 @@ def crd(cluster: Cluster) -> Iterator[str]:
         yield name
     finally:
         if not had_it:
-            cluster.kubectl("delete", "--timeout=60s", name)
+            cluster.delete(name)
 
 
 @pytest.fixture(scope="session")

@@ -197,7 +197,7 @@ def install(helm: Helm, cluster: Cluster) -> Iterator[Install]:
         yield run
     finally:
         helm.try_run("uninstall", "stagetune", f"-n={SYSTEM}", "--wait")
-        cluster.kubectl("delete", CRD, "--ignore-not-found", "--timeout=60s")
+        cluster.delete(CRD)
 
 
 def listed(cluster: Cluster, *arguments: str) -> list[Object]:
@@ -487,7 +487,7 @@ def test_the_manifests_for_kubectl_are_accepted(cluster: Cluster, helm: Helm) ->
     finally:
         without_namespace = "---\n".join(MANIFESTS.read_text().split("---\n")[1:])
         cluster.kubectl("delete", "--ignore-not-found", "-f-", stdin=without_namespace)
-        cluster.kubectl("delete", CRD, "--ignore-not-found", "--timeout=60s")
+        cluster.delete(CRD)
 
 
 # Who may do what

@@ -13,6 +13,9 @@ from local_cluster.processes import Process, end_process, start_process, wait_un
 from local_cluster.sandbox import NETWORK
 
 PROXY_SECONDS = 30
+# The server empties a definition that was just made in several tries, with pauses of up to a minute
+# where its caches were not ready.
+DELETE_SECONDS = 240
 
 
 class Answer(NamedTuple):
@@ -75,6 +78,15 @@ class Cluster:
         done = self.try_kubectl(*arguments, stdin=stdin)
         assert done.returncode == 0, f"kubectl {' '.join(arguments)}: {done.stderr}"
         return done.stdout
+
+    def delete(self, name: str) -> None:
+        """Delete an object, if it is there, and wait until it is gone."""
+        self.kubectl("delete", name, "--ignore-not-found", "--wait=false")
+        wait_until(
+            lambda: not self.kubectl("get", name, "--ignore-not-found", "-o=name"),
+            what=f"end of {name}",
+            seconds=DELETE_SECONDS,
+        )
 
     def request(
         self, method: str, path: str, body: Any = None, content_type: str = "application/json"
