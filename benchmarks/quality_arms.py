@@ -4,6 +4,7 @@ An arm is a change of one manifest; a cell is an arm at one rate, number of pass
 """
 
 import copy
+import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -62,6 +63,8 @@ class Arm:
     rates: tuple[float, ...]
     passes: tuple[float, ...] = (1,)
     """Passes over the rows, of every stage."""
+    repeated: tuple[tuple[float, float], ...] = ()
+    """Rates and passes that the other seeds repeat; the first one alone is swept through all."""
     derived: Mapping[str, "Derived"] = field(default_factory=dict)
     """Arms that need no training of their own, by name."""
 
@@ -124,8 +127,8 @@ def _averaged(title: str) -> Mapping[str, Derived]:
 
 
 _STAGED_RATES = (1e-4, 2e-4, 4e-4)
-_THREE = {"schedule.stageCount": 3}
-_OPEN_TOP = {**_THREE, "schedule.openTop": 3}
+_THREE = {"schedule.stageCount": 3, "schedule.openTop": 0}
+_OPEN_TOP = {"schedule.stageCount": 3, "schedule.openTop": 3}
 _GENERATED = {"generated": {"tokens": 6000}}
 
 ARMS = (
@@ -135,6 +138,7 @@ ARMS = (
         edits={"method": {"type": "LoRA", "lora": {"rank": 16}}},
         rates=(5e-4, 1e-3, 2e-3),
         passes=(1, 3),
+        repeated=((2e-3, 1), (5e-4, 3), (1e-3, 3), (2e-3, 3)),
         derived=_averaged("LoRA"),
     ),
     Arm(
@@ -143,25 +147,36 @@ ARMS = (
         edits={"schedule.embeddings": "FirstStage"},
         rates=(1e-4, 2e-4),
         passes=(1, 2),
+        repeated=((2e-4, 1), (1e-4, 2), (2e-4, 2)),
     ),
     Arm(
         name="bottom-up",
         title="3 stages, bottom-up",
         edits=_THREE,
         rates=_STAGED_RATES,
+        repeated=((2e-4, 1), (4e-4, 1)),
     ),
     Arm(
         name="top-down",
         title="3 stages, top-down",
         edits={**_THREE, "schedule.order": "TopDown"},
         rates=(1e-4, 2e-4),
+        repeated=((2e-4, 1),),
     ),
     Arm(
         name="open-top",
         title="3 stages, top 3 layers always open",
         edits=_OPEN_TOP,
         rates=_STAGED_RATES,
-        derived=_averaged("open top"),
+        repeated=((1e-4, 1), (2e-4, 1)),
+    ),
+    Arm(
+        name="two-bottom-up",
+        title="2 stages, bottom-up",
+        edits={"schedule.stageCount": 2, "schedule.openTop": 0},
+        rates=(1e-4, 2e-4),
+        passes=(1, 1.5),
+        repeated=((1e-4, 1), (1e-4, 1.5), (2e-4, 1.5)),
     ),
     Arm(
         name="two-open-top",
@@ -169,18 +184,21 @@ ARMS = (
         edits={"schedule.stageCount": 2, "schedule.openTop": 3},
         rates=_STAGED_RATES,
         passes=(1, 1.5),
+        repeated=((1e-4, 1), (1e-4, 1.5), (2e-4, 1.5)),
     ),
     Arm(
         name="cumulative",
         title="3 stages, bottom-up, cumulative",
         edits={**_THREE, "schedule.cumulative": True},
         rates=(1e-4, 2e-4),
+        repeated=((2e-4, 1),),
     ),
     Arm(
         name="open-top-replay",
         title="open top, generated replay",
         edits={**_OPEN_TOP, "protection.replay": {"ratio": 0.125, **_GENERATED}},
         rates=_STAGED_RATES,
+        repeated=((2e-4, 1), (4e-4, 1)),
     ),
     Arm(
         name="two-open-top-replay",
@@ -192,24 +210,28 @@ ARMS = (
         },
         rates=_STAGED_RATES,
         passes=(1, 1.5),
+        repeated=((1e-4, 1), (1e-4, 1.5), (2e-4, 1.5)),
     ),
     Arm(
         name="open-top-anchor",
         title="open top, anchor",
         edits={**_OPEN_TOP, "protection.anchor": {"weight": 1.0}},
         rates=(2e-4, 4e-4),
+        repeated=((2e-4, 1),),
     ),
     Arm(
         name="open-top-distilled",
         title="open top, distillation",
         edits={**_OPEN_TOP, "protection.distillation": {"weight": 0.02}},
         rates=(2e-4, 4e-4),
+        repeated=((2e-4, 1),),
     ),
     Arm(
         name="gradient-norm",
         title="3 groups by gradient norm",
         edits={**_THREE, "schedule.order": "GradientNorm"},
         rates=(1e-4, 2e-4),
+        repeated=((2e-4, 1),),
     ),
     Arm(
         name="expand",
@@ -219,17 +241,21 @@ ARMS = (
             "schedule.stageCount": 3,
         },
         rates=(5e-4, 1e-3),
+        repeated=((1e-3, 1),),
     ),
 )
 
 
 def cells(seeds: tuple[int, ...] = SEEDS) -> Iterator[Cell]:
-    """Yield all cells, one seed after the other, so that an unfinished sweep compares like arms."""
+    """Yield all cells, one seed after the other, so that an unfinished sweep compares like arms.
+
+    The first of `SEEDS` is swept through all rates and passes; the others repeat what matters then.
+    """
     for seed in seeds:
         for arm in ARMS:
-            for passes in arm.passes:
-                for rate in arm.rates:
-                    yield Cell(arm=arm, rate=rate, passes=passes, seed=seed)
+            swept = tuple(itertools.product(arm.rates, arm.passes))
+            for rate, passes in swept if seed == SEEDS[0] else arm.repeated or swept:
+                yield Cell(arm=arm, rate=rate, passes=passes, seed=seed)
 
 
 def titles() -> dict[str, str]:

@@ -212,6 +212,12 @@ def _row_differences(mine: Result, other: Result) -> list[tuple[float, int]]:
     return [(a - b, count) for (a, count), (b, _) in both]
 
 
+def settled(points: Sequence[Point]) -> list[Point]:
+    """Return the points with the most seeds: what was only swept past is compared with nothing."""
+    most = max(len(point.seeds) for point in points)
+    return [point for point in points if len(point.seeds) == most]
+
+
 def summarise(
     results: Sequence[Result], base: Result, titles: Mapping[str, str], reference: str
 ) -> dict[str, Any]:
@@ -222,13 +228,13 @@ def summarise(
     summary: dict[str, Any] = {
         "arms": [_arm(name, titles[name], arms[name]) for name in ordered],
         "fronts": {
-            name: [_front_point(point, base_general) for point in front(arms[name])]
+            name: [_front_point(point, base_general) for point in front(settled(arms[name]))]
             for name in ordered
         },
     }
     if reference in arms:
         summary["againstLora"] = {
-            name: against(arms[name], arms[reference], base_general)
+            name: against(settled(arms[name]), settled(arms[reference]), base_general)
             for name in ordered
             if name != reference
         }
@@ -236,7 +242,7 @@ def summarise(
 
 
 def _arm(name: str, title: str, points: Sequence[Point]) -> dict[str, Any]:
-    chosen = best(points)
+    chosen = best(settled(points))
     return {
         "name": name,
         "title": title,

@@ -89,6 +89,26 @@ def test_reference_has_its_rates_and_passes_swept() -> None:
     assert len(reference.passes) >= 2
 
 
+def test_other_seeds_repeat_settings_of_the_sweep() -> None:
+    for arm in ARMS:
+        assert set(arm.repeated) <= {(rate, passes) for rate in arm.rates for passes in arm.passes}
+    first, second = (list(cells((seed,))) for seed in SEEDS[:2])
+    assert len(second) < len(first)
+    assert {cell.arm.name for cell in second} == {arm.name for arm in ARMS}
+
+
+def test_points_of_one_seed_are_kept_and_compared_with_nothing() -> None:
+    results = [
+        result("lora", 1e-3, 0.3, 4.1, seed=1),
+        result("lora", 1e-3, 0.3, 4.1, seed=2),
+        result("lora", 2e-3, 0.1, 4.2, seed=1),
+    ]
+    summary = summarise(results, BASE, {"lora": "LoRA"}, "lora")
+    (arm,) = summary["arms"]
+    assert (arm["rate"], len(arm["points"])) == (1e-3, 2)
+    assert [point["rate"] for point in summary["fronts"]["lora"]] == [1e-3]
+
+
 def test_front_leaves_out_what_another_point_beats_on_both() -> None:
     points = points_of(
         [
