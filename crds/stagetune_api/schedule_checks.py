@@ -56,7 +56,7 @@ def check_schedule_options(spec: StagedFineTuneSpec) -> Iterator[Problem]:
 
 
 def _check_counts(schedule: ScheduleSpec) -> Iterator[Problem]:
-    size, count, passes = schedule.layers_per_stage, schedule.stage_count, schedule.passes
+    size, count, passes = schedule.layers_per_stage, schedule.count, schedule.passes
     fraction = schedule.data_fraction
     disjoint = schedule.data_partition is DataPartition.DISJOINT
     stages = count * passes if count is not None else None

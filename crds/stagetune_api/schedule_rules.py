@@ -5,23 +5,28 @@ The rules with which sections stand beside one another are in `rules` itself.
 
 from stagetune_api import names
 from stagetune_api.rule import Rule
-from stagetune_api.training_spec import MethodType, Order
+from stagetune_api.training_spec import DEFAULT_STAGE_COUNT, MethodType, Order
 
+# How many there are at least: with layersPerStage the model's depth says it.
+_STAGES = (
+    "(has(self.layersPerStage) ? 0 : "
+    f"(has(self.stageCount) ? self.stageCount : {DEFAULT_STAGE_COUNT}) * self.passes)"
+)
 _BY_GRADIENT = f"self.order == '{Order.GRADIENT_NORM}'"
 
 SCHEDULE_RULES = (
     Rule(
         "spec.schedule",
         # A thousand-millionth of slack, so that three times 0.3333333334 is not too much.
-        "self.dataPartition != 'Disjoint' || !has(self.dataFraction) || !has(self.stageCount) || "
-        "self.dataFraction * double(self.stageCount * self.passes) <= 1.000000001",
+        "self.dataPartition != 'Disjoint' || !has(self.dataFraction) || "
+        f"self.dataFraction * double({_STAGES}) <= 1.000000001",
         "disjoint stages cannot see more rows than there are: dataFraction times stageCount times "
         "passes is above 1; lower one of them or use dataPartition: Shared",
         ".dataFraction",
     ),
     Rule(
         "spec.schedule",
-        f"!has(self.stageCount) || self.stageCount * self.passes <= {names.MAX_STAGES}",
+        f"{_STAGES} <= {names.MAX_STAGES}",
         f"stageCount times passes is more than the {names.MAX_STAGES} stages that a run may have; "
         "lower one of them",
         ".passes",

@@ -328,9 +328,10 @@ class StagedFineTuneSpec(ApiModel):
     method: MethodSpec = MethodSpec()
     """method says what trains inside a stage."""
     schedule: ScheduleSpec | None = None
-    """schedule cuts the decoder into stages by rule. Give this or `stages`."""
+    """schedule cuts the decoder into stages by rule. Where `stages` is left out too, it is the
+    schedule of all defaults."""
     stages: Annotated[list[ExplicitStageSpec], Field(min_length=1, max_length=128)] | None = None
-    """stages lists the stages one by one, in the order in which they run."""
+    """stages lists the stages one by one, in the order in which they run; instead of `schedule`."""
     training: TrainingSpec = TrainingSpec()
     """training says how a stage trains."""
     protection: ProtectionSpec | None = None
@@ -349,6 +350,13 @@ class StagedFineTuneSpec(ApiModel):
     """suspend stops the run after saving; false lets it go on."""
     retry: RetrySpec | None = None
     """retry begins a failed run again, or a finished one from a stage."""
+
+    @property
+    def schedule_in_use(self) -> ScheduleSpec | None:
+        """The schedule that cuts the decoder; None where the stages are listed."""
+        if self.stages is not None:
+            return None
+        return self.schedule or ScheduleSpec()
 
     @property
     def gradient_profile(self) -> GradientNormSpec | None:

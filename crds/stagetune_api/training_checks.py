@@ -20,17 +20,16 @@ from stagetune_api.training_spec import (
 
 
 def _check_schedule(spec: StagedFineTuneSpec) -> Iterator[Problem]:
-    if (spec.schedule is None) == (spec.stages is None):
-        given = "neither is given" if spec.stages is None else "both are given"
-        yield conflict("spec.schedule", f"exactly one of schedule and stages is needed; {given}")
     schedule = spec.schedule
     if schedule is None:
         return
-    if (schedule.layers_per_stage is None) == (schedule.stage_count is None):
-        given = "neither is given" if schedule.stage_count is None else "both are given"
+    if spec.stages is not None:
+        yield conflict("spec.schedule", "stages lists the stages already; remove one of the two")
+    if schedule.layers_per_stage is not None and schedule.stage_count is not None:
         yield conflict(
             "spec.schedule.layersPerStage",
-            f"exactly one of layersPerStage and stageCount is needed; {given}",
+            f"{schedule.layers_per_stage} layers in each of {schedule.stage_count} stages says the "
+            "same thing twice; remove layersPerStage or stageCount",
         )
 
 

@@ -16,14 +16,14 @@ _ADDED_BLOCKS_ONLY = "only added blocks train with Expand; use method.type: Full
 TRAINING_RULES = (
     Rule(
         "spec",
-        "has(self.schedule) != has(self.stages)",
-        "give exactly one of schedule and stages",
+        "!has(self.schedule) || !has(self.stages)",
+        "stages lists the stages already; remove schedule or stages",
         ".schedule",
     ),
     Rule(
         "spec.schedule",
-        "has(self.layersPerStage) != has(self.stageCount)",
-        "give exactly one of layersPerStage and stageCount",
+        "!has(self.layersPerStage) || !has(self.stageCount)",
+        "layersPerStage and stageCount say the same thing twice; remove one of them",
         ".layersPerStage",
     ),
     Rule(

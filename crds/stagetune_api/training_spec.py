@@ -14,6 +14,10 @@ from stagetune_api.field_types import Fraction, SourceUri
 
 LearningRate = Annotated[float, Field(gt=0, le=1)]
 Weight = Annotated[float, Field(ge=0, le=1000)]
+DEFAULT_STAGE_COUNT = 2
+"""Stages of a schedule that says nothing of their number; docs/quality.md has the reason."""
+DEFAULT_EPOCHS = 1.5
+"""Passes of each of these stages."""
 
 
 class MethodType(StrEnum):
@@ -175,13 +179,17 @@ class GradientNormSpec(ApiModel):
 
 
 class ScheduleSpec(ApiModel):
-    """How the decoder is cut into stages: give `layersPerStage` or `stageCount`."""
+    """How the decoder is cut into stages.
+
+    What is left out is what won in docs/quality.md: two stages, from the bottom up.
+    """
 
     layers_per_stage: Annotated[int, Field(ge=1, le=1024)] | None = None
     """layersPerStage is the number of decoder layers a stage opens. Where the model's depth does
-    not divide evenly, the stage at the top is the smaller one."""
+    not divide evenly, the stage at the top is the smaller one. Give this or `stageCount`."""
     stage_count: Annotated[int, Field(ge=1, le=128)] | None = None
-    """stageCount is the number of stages; layers are spread evenly, larger groups at the bottom."""
+    """stageCount is the number of stages; layers are spread evenly, larger groups at the bottom.
+    Where `layersPerStage` is left out too, it is 2."""
     order: Order = Order.BOTTOM_UP
     """order in which the groups are opened."""
     head: HeadPolicy = HeadPolicy.NEVER
@@ -190,8 +198,9 @@ class ScheduleSpec(ApiModel):
     embeddings: EmbeddingsPolicy = EmbeddingsPolicy.NEVER
     """embeddings says whether the stage with the bottommost layers also trains the input
     embeddings."""
-    epochs_per_stage: Annotated[float, Field(gt=0, le=1000)] = 1.0
-    """epochsPerStage is the number of passes a stage makes over its rows."""
+    epochs_per_stage: Annotated[float, Field(gt=0, le=1000)] | None = None
+    """epochsPerStage is the number of passes a stage makes over its rows. Left out, it is 1; 1.5
+    where neither `layersPerStage` nor `stageCount` is given."""
     data_fraction: Annotated[float, Field(gt=0, le=1)] | None = None
     """dataFraction of the training rows that a stage sees. Left out: all of them when
     `dataPartition` is Shared, an equal share when it is Disjoint."""
@@ -211,6 +220,22 @@ class ScheduleSpec(ApiModel):
     rows of their own in every pass."""
     gradient_norm: GradientNormSpec | None = None
     """gradientNorm holds the options of order GradientNorm; only with that order."""
+
+    @property
+    def count(self) -> int | None:
+        """The number of groups; None where `layersPerStage` and the model's depth give it."""
+        return DEFAULT_STAGE_COUNT if self._is_cut_by_default else self.stage_count
+
+    @property
+    def epochs(self) -> float:
+        """The passes of a stage over its rows."""
+        if self.epochs_per_stage is not None:
+            return self.epochs_per_stage
+        return DEFAULT_EPOCHS if self._is_cut_by_default else 1.0
+
+    @property
+    def _is_cut_by_default(self) -> bool:
+        return self.layers_per_stage is None and self.stage_count is None
 
 
 class LayerRange(ApiModel):

@@ -6,7 +6,7 @@
 from collections.abc import Sequence
 
 from stagetune_api import names
-from stagetune_api.training_spec import LayerRange, ScheduleSpec
+from stagetune_api.training_spec import LayerRange, Order, ScheduleSpec
 
 
 def split_layers(schedule: ScheduleSpec, num_layers: int) -> list[LayerRange]:
@@ -22,7 +22,7 @@ def split_layers(schedule: ScheduleSpec, num_layers: int) -> list[LayerRange]:
         size = schedule.layers_per_stage
         sizes = [min(size, num_layers - first) for first in range(0, num_layers, size)]
     else:
-        count = min(schedule.stage_count or 1, num_layers)
+        count = min(schedule.count or 1, num_layers)
         size, num_larger = divmod(num_layers, count)
         sizes = [size + 1 if index < num_larger else size for index in range(count)]
     firsts = [sum(sizes[:index]) for index in range(len(sizes))]
@@ -39,7 +39,7 @@ def widened(schedule: ScheduleSpec, groups: Sequence[LayerRange], index: int) ->
     stage opens layers of the group below too.
     """
     group = groups[index]
-    if schedule.cumulative and schedule.order.value == "TopDown":
+    if schedule.cumulative and schedule.order is Order.TOP_DOWN:
         return LayerRange(first=group.first, last=groups[-1].last)
     if schedule.cumulative:
         return LayerRange(first=groups[0].first, last=group.last)

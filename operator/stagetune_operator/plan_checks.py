@@ -104,7 +104,8 @@ def _block_problems(
     for draft in drafts:
         if not block_indices(draft.layers, size):
             place = "layersPerStage" if draft.path == "spec.schedule" else "layers"
-            if spec.schedule is not None and spec.schedule.stage_count is not None:
+            schedule = spec.schedule_in_use
+            if schedule is not None and schedule.count is not None:
                 place = "stageCount"
             yield _problem(
                 f"{draft.path}.{place}",
@@ -140,7 +141,7 @@ def _data_problems(data: DataFacts) -> Iterator[Problem]:
 
 
 def _partition_problems(spec: StagedFineTuneSpec, drafts: Sequence[Draft]) -> Iterator[Problem]:
-    schedule = spec.schedule
+    schedule = spec.schedule_in_use
     if schedule is None or schedule.data_partition is not DataPartition.DISJOINT:
         return
     fraction = schedule.data_fraction
@@ -160,7 +161,7 @@ def _share_problems(
     """Yield one problem for each place of the spec that leaves a stage without rows."""
     if train_rows == 0:
         return
-    schedule = spec.schedule
+    schedule = spec.schedule_in_use
     disjoint = schedule is not None and schedule.data_partition is DataPartition.DISJOINT
     equal_shares = disjoint and schedule is not None and schedule.data_fraction is None
     cure = "use fewer stages, more rows or dataPartition: Shared"

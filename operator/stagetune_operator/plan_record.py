@@ -58,8 +58,14 @@ def plan_record_name(run: str, plan_digest: str) -> str:
 def digest_of_planned(spec: StagedFineTuneSpec) -> str:
     """Return the digest of the part of `spec` that a plan is made from.
 
-    Defaults are left out, so that a field which a newer version adds is not an edit.
+    Defaults are left out, so that a field which a newer version adds is not an edit; so is a number
+    of passes that would be the same if it were left out.
     """
+    schedule = spec.schedule
+    if schedule is not None:
+        without = schedule.model_copy(update={"epochs_per_stage": None})
+        if without.epochs == schedule.epochs:
+            spec = spec.model_copy(update={"schedule": without})
     decided = spec.model_dump(
         mode="json",
         include=_DECIDING,

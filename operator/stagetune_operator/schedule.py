@@ -69,8 +69,9 @@ def draft_stages(
 
     Order GradientNorm goes by `profile`; without one, all layers count as alike.
     """
-    if spec.schedule is not None:
-        return _scheduled(spec, spec.schedule, num_layers, profile or flat_profile(num_layers))
+    schedule = spec.schedule_in_use
+    if schedule is not None:
+        return _scheduled(spec, schedule, num_layers, profile or flat_profile(num_layers))
     return Drafts(
         [_explicit(index, stage, num_layers) for index, stage in enumerate(spec.stages or [])]
     )
@@ -102,11 +103,11 @@ def _scheduled(
     groups = split_layers(schedule, num_layers)
     options, gradients = spec.gradient_profile, None
     if options is not None:
-        chosen, gradients = decide_groups(options, schedule.epochs_per_stage, groups, profile)
+        chosen, gradients = decide_groups(options, schedule.epochs, groups, profile)
         turns = [(group.layers, group.layers, group.epochs) for group in chosen]
     else:
         turns = [
-            (group, widened(schedule, groups, index), schedule.epochs_per_stage)
+            (group, widened(schedule, groups, index), schedule.epochs)
             for index, group in enumerate(groups)
         ]
         if schedule.order is Order.TOP_DOWN:
@@ -142,7 +143,8 @@ def deal_rows(
     running order, one for each stage of each pass. An explicit stage's rows begin at its offset. A
     stage for which no row is left gets an empty range.
     """
-    if spec.schedule is not None and spec.schedule.data_partition is DataPartition.DISJOINT:
+    schedule = spec.schedule_in_use
+    if schedule is not None and schedule.data_partition is DataPartition.DISJOINT:
         share = drafts[0].data_fraction * train_rows
         borders = [min(round(share * index), train_rows) for index in range(len(drafts) + 1)]
         return list(itertools.pairwise(borders))

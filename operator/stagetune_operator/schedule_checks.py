@@ -34,9 +34,10 @@ def find_schedule_problems(
 ) -> list[Problem]:
     """Return everything about layers, groups and ranks that this model does not have room for."""
     problems = list(_open_top_problems(spec, model.num_layers))
-    if spec.schedule is not None and not problems:
-        problems += _count_problems(spec.schedule, model.num_layers)
-        problems += _overlap_problems(spec.schedule, model.num_layers)
+    schedule = spec.schedule_in_use
+    if schedule is not None and not problems:
+        problems += _count_problems(schedule, model.num_layers)
+        problems += _overlap_problems(schedule, model.num_layers)
     return [*problems, *_rank_problems(spec, drafts)]
 
 
@@ -64,7 +65,7 @@ def _count_problems(schedule: ScheduleSpec, num_layers: int) -> Iterator[Problem
     there = f"the model has {num_layers} layers"
     if schedule.open_top:
         there += f", {layers} of them below the open top"
-    counts = {"layersPerStage": schedule.layers_per_stage, "stageCount": schedule.stage_count}
+    counts = {"layersPerStage": schedule.layers_per_stage, "stageCount": schedule.count}
     for field, count in counts.items():
         if count is not None and count > layers:
             yield _invalid(

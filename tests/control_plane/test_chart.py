@@ -748,7 +748,7 @@ def test_the_operator_brings_a_run_to_its_end_with_the_rights_of_the_chart(
     where = f"-n={TEAM}"
     example = QUICK_START / "finance-qa-cluster.yaml"
     name = YAML_1_2.load(example)["metadata"]["name"]
-    run, first = f"{names.PLURAL}/{name}", "01-layers-0"
+    run, first = f"{names.PLURAL}/{name}", "01-layers-0-1"
     path = f"/apis/{names.API_VERSION}/namespaces/{TEAM}"
     pods = [where, f"-l={names.LABEL_RUN}={name},{names.LABEL_TASK}={first}"]
 

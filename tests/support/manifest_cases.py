@@ -107,6 +107,11 @@ SCHEDULE_CASES = {
             {"spec.schedule": {"stageCount": 64, "passes": 2}},
             "spec.schedule.passes",
         ),
+        Case(
+            {"spec.schedule": {"passes": 65}},
+            {"spec.schedule": {"passes": 64}},
+            "spec.schedule.passes",
+        ),
     ],
     "overlap is not smaller than layersPerStage": [
         Case({"spec.schedule.overlap": 4}, {"spec.schedule.overlap": 3}, "spec.schedule.overlap"),
@@ -191,23 +196,28 @@ SCHEDULE_CASES = {
 """Rules of schedules and of explicit stages: `schedule_rules` and `schedule_checks`."""
 
 CASES = {
-    "give exactly one of schedule and stages": [
-        Case({"spec.schedule": None}, {}, "spec.schedule"),
+    "stages lists the stages already": [
         Case({"spec.stages": [LOWER]}, in_stages(LOWER), "spec.schedule"),
+        Case({"spec.stages": [LOWER]}, {"spec.schedule": None}, "spec.schedule"),
     ],
-    "give exactly one of layersPerStage and stageCount": [
-        Case(
-            {"spec.schedule": {"order": "TopDown"}},
-            {"spec.schedule": {"order": "TopDown", "stageCount": 7}},
-            "spec.schedule.layersPerStage",
-        ),
+    "layersPerStage and stageCount say the same thing twice": [
         Case(
             {"spec.schedule.stageCount": 7},
             {"spec.schedule.stageCount": 7, "spec.schedule.layersPerStage": None},
             "spec.schedule.layersPerStage",
         ),
+        Case(
+            {"spec.schedule.stageCount": 7},
+            {"spec.schedule": {"order": "TopDown"}},
+            "spec.schedule.layersPerStage",
+        ),
     ],
     "disjoint stages cannot see more rows": [
+        Case(
+            {"spec.schedule": {"dataFraction": 0.6, "dataPartition": "Disjoint"}},
+            {"spec.schedule": {"dataFraction": 0.5, "dataPartition": "Disjoint"}},
+            "spec.schedule.dataFraction",
+        ),
         Case(
             {"spec.schedule": {"stageCount": 4, "dataFraction": 1, "dataPartition": "Disjoint"}},
             {"spec.schedule": {"stageCount": 4, "dataFraction": 1, "dataPartition": "Shared"}},

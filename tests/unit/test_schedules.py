@@ -92,6 +92,41 @@ def names_of(found: Plan) -> list[str]:
     return [stage.name for stage in found.stages]
 
 
+# What a schedule leaves out.
+
+
+@pytest.mark.parametrize("schedule", [None, {}, {"order": "TopDown"}])
+def test_without_a_word_there_are_two_stages_of_one_and_a_half_passes(
+    schedule: dict[str, Any] | None,
+) -> None:
+    found = plan(schedule, given=facts(30))
+
+    assert sorted(layers_of(found)) == [[(0, 14)], [(15, 29)]]
+    assert {stage.epochs for stage in found.stages} == {1.5}
+
+
+@pytest.mark.parametrize(
+    ("schedule", "epochs"),
+    [
+        ({"stageCount": 2}, 1.0),
+        ({"layersPerStage": 6}, 1.0),
+        ({"epochsPerStage": 3}, 3.0),
+    ],
+)
+def test_who_cuts_the_decoder_says_how_long_a_stage_takes(
+    schedule: dict[str, Any], epochs: float
+) -> None:
+    found = plan(schedule)
+
+    assert {stage.epochs for stage in found.stages} == {epochs}
+
+
+def test_a_model_of_one_layer_is_too_small_for_two_stages() -> None:
+    found = problems(None, given=facts(1))
+
+    assert "2 is too many: the model has 1 layers" in found["spec.schedule.stageCount"]
+
+
 # Open top.
 
 
