@@ -31,10 +31,10 @@ from stagetune_trainer.protect import anchor, distillation, replay, teacher
 from stagetune_trainer.protect.distillation import TeacherTargets, answer_sums, full_logits
 from stagetune_trainer.protect.objective import Objective
 from stagetune_trainer.protect.protection import Protection
-from stagetune_trainer.protect.reference import ReferenceFolder
 from stagetune_trainer.protect.replay import ReplayRows
 from stagetune_trainer.protect.teacher import TeacherSpec, open_teacher
-from stagetune_trainer.protect.tensor_file import RowTensors, TensorFileWriter, row_offsets
+from stagetune_trainer.references import ReferenceFolder
+from stagetune_trainer.tensor_file import RowTensors, TensorFileWriter, row_offsets
 
 MakeConfig = Callable[..., StageConfig]
 MakeStage = Callable[..., dict[str, Any]]

@@ -19,9 +19,9 @@ from stagetune_trainer.data.batches import Batch, collate
 from stagetune_trainer.data.store import RowReader
 from stagetune_trainer.decoder import Decoder
 from stagetune_trainer.model import Numerics
-from stagetune_trainer.protect.reference import ReferenceFolder
 from stagetune_trainer.protect.teacher import batches_of
-from stagetune_trainer.protect.tensor_file import RowTensors, TensorFileWriter, row_offsets
+from stagetune_trainer.references import ReferenceFolder
+from stagetune_trainer.tensor_file import RowTensors, TensorFileWriter, row_offsets
 
 
 class BorderTap:

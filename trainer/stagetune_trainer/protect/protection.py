@@ -24,9 +24,9 @@ from stagetune_trainer.model import Numerics
 from stagetune_trainer.protect.anchor import Anchor, store_hidden_states
 from stagetune_trainer.protect.meters import Meters, open_meters
 from stagetune_trainer.protect.objective import Objective
-from stagetune_trainer.protect.reference import ReferenceFolder
 from stagetune_trainer.protect.replay import RowsWithReplay, open_replay_rows
 from stagetune_trainer.protect.teacher import METER_TOP_K, Teacher, TeacherSpec, open_teacher
+from stagetune_trainer.references import ReferenceFolder
 
 
 class Protection:

@@ -21,8 +21,8 @@ from stagetune_trainer.data.template import IGNORED
 from stagetune_trainer.loss import AnswerLoss
 from stagetune_trainer.model import Numerics
 from stagetune_trainer.protect.distillation import TeacherTargets, full_logits, likeliest
-from stagetune_trainer.protect.reference import ReferenceFolder
-from stagetune_trainer.protect.tensor_file import RowTensors, TensorFileWriter, row_offsets
+from stagetune_trainer.references import ReferenceFolder
+from stagetune_trainer.tensor_file import RowTensors, TensorFileWriter, row_offsets
 
 METER_TOP_K = 256
 """Likeliest tokens that the meter of a stage looks at."""
