@@ -77,6 +77,14 @@ def print_plan(console: Console, plan: Plan) -> None:
             f"{estimate.relative_step_flops:.2f}",
         )
     console.print(table)
+    for stage in plan.stages:
+        if stage.prefix_cache is not None:
+            kept = "prefix cache" if stage.prefix_cache.used else "no prefix cache"
+            console.print(
+                f"{stage.name}: {kept}: {stage.prefix_cache.reason}.",
+                highlight=False,
+                soft_wrap=True,
+            )
     if plan.gradients is not None:
         console.print(_gradient_table(plan.gradients))
     summary = plan.summary

@@ -60,6 +60,22 @@ class StageEstimate(ApiModel):
     """relativeStepFlops is stepFlops over that of full fine-tuning with the same settings."""
 
 
+class PrefixCachePlan(ApiModel):
+    """What was decided about the hidden states below a stage."""
+
+    used: bool
+    """used says whether they are computed once and kept on the volume."""
+    reason: str
+    """reason in words."""
+    begins_at: Annotated[int, Field(ge=0)] = 0
+    """beginsAt is the layer below which they are there already, by an earlier stage; 0 where they
+    are computed from the tokens."""
+    disk_bytes: Annotated[int, Field(ge=0)] = 0
+    """diskBytes that they take on the volume."""
+    flops: Annotated[int, Field(ge=0)] = 0
+    """flops of computing them once."""
+
+
 class PlannedStage(ApiModel):
     """One stage with every number resolved."""
 
@@ -96,6 +112,9 @@ class PlannedStage(ApiModel):
     """validationInterval in steps."""
     estimate: StageEstimate
     """estimate of what the stage needs."""
+    prefix_cache: PrefixCachePlan | None = None
+    """prefixCache says whether hidden states below the stage are kept, and why; absent where
+    nothing lies below it."""
 
     @property
     def layer_ranges(self) -> tuple[LayerRange, ...]:

@@ -15,7 +15,6 @@ from stagetune_api.training_spec import (
     ExplicitStageSpec,
     MethodSpec,
     MethodType,
-    PrefixCache,
 )
 
 
@@ -204,8 +203,6 @@ def _check_anchor(spec: StagedFineTuneSpec) -> Iterator[Problem]:
 
 def check_not_yet_supported(spec: StagedFineTuneSpec) -> Iterator[Problem]:
     """Refuse what the API already names and no program does yet: nothing is silently ignored."""
-    if spec.training.prefix_cache is not PrefixCache.NEVER:
-        yield not_yet("spec.training.prefixCache", "prefix caches", "use Never or leave it out")
     if spec.serve is not None:
         yield not_yet("spec.serve", "servers", "remove serve")
     if spec.runtime is not None and spec.runtime.engine is EngineType.DEEPSPEED:

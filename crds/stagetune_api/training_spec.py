@@ -355,8 +355,11 @@ class TrainingSpec(ApiModel):
     """validationsPerEpoch is how often a stage computes its validation loss in one pass."""
     checkpoint_interval_seconds: Annotated[int, Field(ge=1, le=86400)] = 300
     """checkpointIntervalSeconds is the longest time of training that a killed process can lose."""
-    prefix_cache: PrefixCache = PrefixCache.NEVER
-    """prefixCache says whether the hidden states below the stage are computed once and kept."""
+    prefix_cache: PrefixCache = PrefixCache.AUTO
+    """prefixCache says whether the hidden states below the stage are computed once and kept on the
+    volume. Auto decides for each stage by the work that they save and the disk that they take; the
+    plan says what it decided. They change no bit of the result on a CPU and nothing but rounding on
+    a GPU."""
     seed: Annotated[int, Field(ge=0, le=2147483647)] = 42
     """seed of everything random: row order, adapters, dropout, the validation split."""
 

@@ -73,9 +73,9 @@ def estimate_stage(
         trainable=trainable,
         largest=largest_tensor(model, method, scope),
     )
-    idle = sum(idle_adapters(model, method, scope).values())
-    frozen = _frozen_bytes(model, method, trainable, element)
-    weights = frozen + idle * 4
+    idle = idle_adapters(model, method, scope)
+    weights = _frozen_bytes(model, method, scope, trainable, element)
+    weights += 4 * sum(size for layer, size in idle.items() if layer >= scope.lowest_run)
     output = 4 if uses_adapters(method) else element
     context = DEVICE_CONTEXT_BYTES if machine.is_gpu else 0
     activations = activation_bytes(facts, method, training, scope, element, state.master)
@@ -127,16 +127,26 @@ def expanded(facts: Facts, method: MethodSpec, scope: StageScope) -> tuple[Facts
     layers = LayerRange(first=blocks[0], last=blocks[0] + len(blocks) - 1)
     depth = facts.model.num_layers + added_layers(facts.model, method)
     model = facts.model.model_copy(update={"num_layers": depth})
-    return facts.model_copy(update={"model": model}), StageScope(layers)
+    scope = StageScope(layers, prefix_cached=scope.prefix_cached)
+    return facts.model_copy(update={"model": model}), scope
 
 
-def _frozen_bytes(model: ModelFacts, method: MethodSpec, trainable: int, element: int) -> int:
-    """Return the bytes of the weights that do not train; under QLoRA most are in NF4."""
+def _frozen_bytes(
+    model: ModelFacts, method: MethodSpec, scope: StageScope, trainable: int, element: int
+) -> int:
+    """Return the bytes of the weights that do not train; under QLoRA most are in NF4.
+
+    Below a cached prefix there are none, nor are there embeddings, unless they are the head.
+    """
     frozen = model.parameters - (0 if uses_adapters(method) else trainable)
+    if scope.lowest_run > 0:
+        frozen -= scope.lowest_run * model.layer.parameters
+        frozen -= 0 if model.tied_embeddings else model.embedding_parameters
     if method.type is not MethodType.QLORA:
         return frozen * element
     shapes = model.layer.linear_shapes.values()
-    in_nf4 = model.num_layers * sum(inputs * outputs for inputs, outputs in shapes)
+    num_layers = model.num_layers - scope.lowest_run
+    in_nf4 = num_layers * sum(inputs * outputs for inputs, outputs in shapes)
     return (frozen - in_nf4) * element + math.ceil(in_nf4 * NF4_BYTES_PER_PARAMETER)
 
 

@@ -7,6 +7,7 @@ runner turns every stage of the plan into a StageConfig.
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Annotated
 
 from pydantic import Field
@@ -18,7 +19,13 @@ from stagetune_api.facts import Facts
 from stagetune_api.problems import Problem
 from stagetune_api.spec import StagedFineTuneSpec
 from stagetune_api.spec_checks import check_spec
-from stagetune_api.stage import PlannedStage, RowRange, StageEstimate, training_of_stage
+from stagetune_api.stage import (
+    PlannedStage,
+    PrefixCachePlan,
+    RowRange,
+    StageEstimate,
+    training_of_stage,
+)
 from stagetune_api.training_spec import AdapterScope, LoraSpec, MethodSpec, TrainingSpec
 from stagetune_operator.estimate import (
     CLUSTER_GPU,
@@ -29,6 +36,7 @@ from stagetune_operator.estimate import (
 )
 from stagetune_operator.gradient_groups import GradientPlan
 from stagetune_operator.plan_checks import find_memory_problems, find_problems
+from stagetune_operator.prefix_plan import StagePasses, most_cached_bytes, plan_prefix_caches
 from stagetune_operator.protection_estimate import (
     ProtectedStage,
     add_protection,
@@ -63,13 +71,14 @@ class PlanSummary(ApiModel):
     total_steps: Count
     """totalSteps of all stages."""
     total_flops: Count
-    """totalFlops of all stages: the sum of steps times stepFlops."""
+    """totalFlops of all stages: steps times stepFlops, and what prefix caches take to fill."""
     relative_total_flops: Annotated[float, Field(ge=0)]
     """relativeTotalFlops is totalFlops over that of one pass of full fine-tuning over all rows."""
     peak_memory_bytes: Count
     """peakMemoryBytes of the stage that needs most."""
     disk_bytes: Count
-    """diskBytes of all stages together: nothing is pruned between them but an anchor's states."""
+    """diskBytes of all stages together: nothing is pruned between them but the states of anchors
+    and of prefix caches, of which there are two at once."""
     full_fine_tuning: StageEstimate
     """fullFineTuning is what tuning every weight at once would need, step by step."""
 
@@ -130,55 +139,84 @@ def _planned_stages(
     spec: StagedFineTuneSpec, facts: Facts, machine: Machine, drafts: Sequence[Draft]
 ) -> list[PlannedStage]:
     rates = learning_rates(spec.training, drafts)
-    rows = deal_rows(spec, drafts, facts.data.train_rows)
+    passes = _stage_passes(spec, facts, drafts)
+    caches = plan_prefix_caches(spec, facts, passes, machine)
+    return [
+        PlannedStage(
+            index=index,
+            name=draft.name,
+            layers=draft.layers,
+            top_layers=draft.top_layers,
+            embeddings=draft.embeddings,
+            head=draft.head,
+            learning_rate=rates[index],
+            epochs=draft.epochs,
+            rows=RowRange(start=stage.rows[0], end=stage.rows[1]),
+            batch_size=draft.batch_size,
+            micro_batch_size=draft.micro_batch_size,
+            rank=draft.rank,
+            steps=stage.steps,
+            warmup_steps=_warmup_steps(stage),
+            validation_interval=stage.validation_interval,
+            estimate=_estimate(spec, facts, machine, index, stage, cache),
+            prefix_cache=cache,
+        )
+        for index, (draft, stage, cache) in enumerate(zip(drafts, passes, caches, strict=True))
+    ]
+
+
+def _stage_passes(
+    spec: StagedFineTuneSpec, facts: Facts, drafts: Sequence[Draft]
+) -> list[StagePasses]:
+    """Return what each stage opens, and which rows it sees how often."""
     ranks: dict[int, tuple[int, ...]] = {}
     stages = []
-    for index, draft in enumerate(drafts):
-        scope = StageScope(
-            draft.layers,
-            draft.embeddings,
-            draft.head,
-            idle_ranks=_idle_adapters(spec.method, ranks, draft.opened),
-            top_layers=draft.top_layers,
-            rank=draft.rank,
-        )
+    for draft, rows in zip(drafts, deal_rows(spec, drafts, facts.data.train_rows), strict=True):
         training = training_of_stage(spec.training, draft)
-        start, end = rows[index]
-        steps, warmup_steps, interval = _steps(draft, end - start, training)
+        steps, interval = _steps(draft, rows[1] - rows[0], training)
         stages.append(
-            PlannedStage(
-                index=index,
-                name=draft.name,
-                layers=draft.layers,
-                top_layers=draft.top_layers,
-                embeddings=draft.embeddings,
-                head=draft.head,
-                learning_rate=rates[index],
-                epochs=draft.epochs,
-                rows=RowRange(start=start, end=end),
-                batch_size=draft.batch_size,
-                micro_batch_size=draft.micro_batch_size,
-                rank=draft.rank,
-                steps=steps,
-                warmup_steps=warmup_steps,
-                validation_interval=interval,
-                estimate=add_protection(
-                    estimate_stage(facts, spec.method, training, scope, machine),
-                    spec.protection,
-                    facts,
-                    ProtectedStage(
-                        method=spec.method,
-                        training=training,
-                        scope=scope,
-                        rows=end - start,
-                        is_first=index == 0,
-                    ),
-                    machine,
+            StagePasses(
+                scope=StageScope(
+                    draft.layers,
+                    draft.embeddings,
+                    draft.head,
+                    idle_ranks=_idle_adapters(spec.method, ranks, draft.opened),
+                    top_layers=draft.top_layers,
+                    rank=draft.rank,
                 ),
+                training=training,
+                rows=rows,
+                epochs=draft.epochs,
+                steps=steps,
+                validation_interval=interval,
             )
         )
         ranks = _adapters_after(spec.method, ranks, draft)
     return stages
+
+
+def _estimate(
+    spec: StagedFineTuneSpec,
+    facts: Facts,
+    machine: Machine,
+    index: int,
+    stage: StagePasses,
+    cache: PrefixCachePlan | None,
+) -> StageEstimate:
+    scope = replace(stage.scope, prefix_cached=cache is not None and cache.used)
+    return add_protection(
+        estimate_stage(facts, spec.method, stage.training, scope, machine),
+        spec.protection,
+        facts,
+        ProtectedStage(
+            method=spec.method,
+            training=stage.training,
+            scope=scope,
+            rows=stage.rows[1] - stage.rows[0],
+            is_first=index == 0,
+        ),
+        machine,
+    )
 
 
 def _idle_adapters(
@@ -208,8 +246,8 @@ def _shares_adapters(method: MethodSpec) -> bool:
     return (method.lora or LoraSpec()).adapters is AdapterScope.SHARED
 
 
-def _steps(draft: Draft, rows: int, training: TrainingSpec) -> tuple[int, int, int]:
-    """Return the stage's steps, its warm-up steps and the steps from one validation to the next.
+def _steps(draft: Draft, rows: int, training: TrainingSpec) -> tuple[int, int]:
+    """Return the stage's steps, and the steps from one validation to the next.
 
     The last batch of an epoch may be smaller than the others; an interval is never longer than the
     stage.
@@ -217,9 +255,12 @@ def _steps(draft: Draft, rows: int, training: TrainingSpec) -> tuple[int, int, i
     steps_per_epoch = math.ceil(rows / training.batch_size)
     # Rounded first: 2.2 * 25 is 55.00000000000001 in binary and means 55 steps.
     steps = max(1, math.ceil(round(draft.epochs * steps_per_epoch, 6)))
-    warmup_steps = min(round(training.warmup_ratio * steps), steps - 1)
     interval = math.ceil(steps_per_epoch / training.validations_per_epoch)
-    return steps, warmup_steps, min(interval, steps)
+    return steps, min(interval, steps)
+
+
+def _warmup_steps(stage: StagePasses) -> int:
+    return min(round(stage.training.warmup_ratio * stage.steps), stage.steps - 1)
 
 
 def _digest(spec: StagedFineTuneSpec, facts: Facts, stages: Sequence[PlannedStage]) -> str:
@@ -228,11 +269,15 @@ def _digest(spec: StagedFineTuneSpec, facts: Facts, stages: Sequence[PlannedStag
         "dataset": spec.dataset.model_dump(mode="json", exclude={"secret_name"}),
         "method": spec.method.model_dump(mode="json"),
         **({"protection": spec.protection.model_dump(mode="json")} if spec.protection else {}),
-        # How often to save changes no bit of the result.
-        "training": spec.training.model_dump(mode="json", exclude={"checkpoint_interval_seconds"}),
+        # How often to save changes no bit of the result, nor does the cache on a CPU.
+        "training": spec.training.model_dump(
+            mode="json", exclude={"checkpoint_interval_seconds", "prefix_cache"}
+        ),
         "modelDigest": facts.model.digest,
         "dataDigest": facts.data.digest,
-        "stages": [stage.model_dump(mode="json", exclude={"estimate"}) for stage in stages],
+        "stages": [
+            stage.model_dump(mode="json", exclude={"estimate", "prefix_cache"}) for stage in stages
+        ],
     }
     return digest_of_json(body)
 
@@ -243,6 +288,8 @@ def _summary(
     data, training = facts.data, spec.training
     added = added_layers(facts.model, spec.method)
     total_flops = sum(stage.steps * stage.estimate.step_flops for stage in stages)
+    caches = [stage.prefix_cache for stage in stages if stage.prefix_cache is not None]
+    total_flops += sum(cache.flops for cache in caches)
     anchored = [hidden_states_bytes(spec.protection, facts, stage.rows.count) for stage in stages]
     kept = sum(stage.estimate.disk_bytes for stage in stages) - sum(anchored)
     full_flops = math.ceil(data.train_rows / training.batch_size) * full.step_flops
@@ -259,6 +306,6 @@ def _summary(
         total_flops=total_flops,
         relative_total_flops=round(total_flops / full_flops, 6),
         peak_memory_bytes=max(stage.estimate.memory_bytes for stage in stages),
-        disk_bytes=kept + max(anchored),
+        disk_bytes=kept + max(anchored) + most_cached_bytes(stages),
         full_fine_tuning=full,
     )

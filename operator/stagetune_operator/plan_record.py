@@ -69,7 +69,8 @@ def digest_of_planned(spec: StagedFineTuneSpec) -> str:
     decided = spec.model_dump(
         mode="json",
         include=_DECIDING,
-        exclude={"model": {"secret_name"}},
+        # A cache changes no result, and its default was another once.
+        exclude={"model": {"secret_name"}, "training": {"prefix_cache"}},
         exclude_defaults=True,
     )
     return digest_of_json(decided)

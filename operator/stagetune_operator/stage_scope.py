@@ -27,6 +27,13 @@ class StageScope:
     """Layers that it opens too, above `layers` and not touching them."""
     rank: int | None = None
     """Rank of its adapters; None where that of the method counts."""
+    prefix_cached: bool = False
+    """Whether the hidden states below it are read, and the layers below neither run nor loaded."""
+
+    @property
+    def lowest_run(self) -> int:
+        """The lowest layer that its steps run."""
+        return self.layers.first if self.prefix_cached else 0
 
     @property
     def count(self) -> int:

@@ -26,7 +26,7 @@ def step_flops(facts: Facts, method: MethodSpec, training: TrainingSpec, scope: 
     gradient of its weights. The prefix runs forward only; the suffix has no weight gradients, nor
     has a group under adapters; attention has a backward of twice its forward wherever there is
     one. Checkpointing runs each layer above the prefix forward again, up to the inputs of its last
-    matrix: PyTorch's non-reentrant checkpoint stops there.
+    matrix: PyTorch's non-reentrant checkpoint stops there. A cached prefix is not run.
     """
     model, data = facts.model, facts.data
     row_tokens = data.train_tokens / data.train_rows
@@ -36,7 +36,8 @@ def step_flops(facts: Facts, method: MethodSpec, training: TrainingSpec, scope: 
     attention = 4 * model.num_attention_heads * model.head_dim * row_tokens
     above = model.num_layers - scope.layers.first
     weight_gradients = 0 if uses_adapters(method) else scope.count
-    layers = model.num_layers * (matrices + attention) + above * (matrices + 2 * attention)
+    run = model.num_layers - scope.lowest_run
+    layers = run * (matrices + attention) + above * (matrices + 2 * attention)
     layers += weight_gradients * matrices
     if training.gradient_checkpointing is GradientCheckpointing.ALWAYS:
         layers += above * (matrices + attention - _last_matrix_flops(model))
@@ -65,5 +66,6 @@ def _adapter_flops(
     idle = sum(
         2 * parameters * (1 if layer < scope.layers.first else 2 + again)
         for layer, parameters in idle_adapters(model, method, scope).items()
+        if layer >= scope.lowest_run
     )
     return forward * scope.count * (3 + again) + idle

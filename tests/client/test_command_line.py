@@ -39,7 +39,8 @@ def test_validate_says_all_that_is_wrong_with_lines_and_cures(
     write_manifest: WriteManifest, capsys: pytest.CaptureFixture[str]
 ) -> None:
     manifest = write_manifest(
-        training={"batchSize": 5, "microBatchSize": 2, "prefixCache": "Auto", "typo": 1},
+        training={"batchSize": 5, "microBatchSize": 2, "typo": 1},
+        serve={"replicas": 1},
         schedule={"layersPerStage": 1},
     )
     assert main(["validate", str(manifest)]) == ExitCode.INVALID
@@ -52,7 +53,7 @@ def test_validate_says_all_that_is_wrong_with_lines_and_cures(
     assert f"spec.training.typo (line {typo_line}): UnknownField: there is no such field" in (
         captured.err
     )
-    assert "spec.training.prefixCache" in captured.err
+    assert "spec.serve" in captured.err
     assert "NotYetSupported" in captured.err
     assert "spec.training.microBatchSize" in captured.err
     assert "spec.schedule.layersPerStage" in captured.err

@@ -12,7 +12,7 @@ import torch
 from stagetune_api.stage import PlannedStage, RowRange, StageEstimate
 from stagetune_api.training_spec import LayerRange
 from stagetune_trainer.data.batches import FixedRows, TrainingRows, collate, permutation
-from stagetune_trainer.data.store import RowReader, RowWriter, StoredRow
+from stagetune_trainer.data.store import RowReader, RowWriter, Split, StoredRow
 
 
 def _row(number: int) -> StoredRow:
@@ -154,7 +154,7 @@ def test_label_of_the_first_token_is_not_counted() -> None:
 
 
 def test_fixed_rows_are_all_seen_once_each_time(rows: RowReader) -> None:
-    fixed = FixedRows(rows, micro_batch_size=64)
+    fixed = FixedRows(rows, micro_batch_size=64, split=Split.VALIDATION)
     for _ in range(2):
         batches = list(fixed.batches())
         assert sum(batch.num_tokens for batch in batches) == rows.lengths.sum()

@@ -95,7 +95,7 @@ def test_stage_opens_the_blocks_behind_its_layers_and_nothing_else(
     method.reshape(decoder)
     stage = tiny_decoders.stage(2, 3, top_layers=LayerRange(first=5, last=5))
     opened = method.open(decoder, stage)
-    assert method.lowest_layer(decoder, stage) == 5
+    assert method.lowest_layer(stage) == 5
     wanted = {
         f"{decoder.layers_path}.{index}.{name}"
         for index in (5, 8)
@@ -128,7 +128,7 @@ def test_prefix_below_the_lowest_block_costs_a_forward_pass_only(
         method.reshape(decoder)
         stage = tiny_decoders.stage(6, 7)
         method.open(decoder, stage)
-        lowest = method.lowest_layer(decoder, stage)
+        lowest = method.lowest_layer(stage)
         assert lowest == 11
         freeze_prefix(decoder, lowest if first is None else first, embeddings_train=False)
         with FlopCounterMode(display=False) as counter:

@@ -25,6 +25,8 @@ MANIFEST = edited(
         "spec.dataset.source": "pvc://rows/finance.jsonl",
         "spec.schedule": {"stageCount": 1},
         "spec.method": {"type": "LoRA"},
+        # The default of that time, which its server wrote down.
+        "spec.training.prefixCache": "Never",
     }
 )
 

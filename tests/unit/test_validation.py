@@ -185,7 +185,6 @@ def test_message_shows_the_value_and_what_is_expected(
 @pytest.mark.parametrize(
     ("path", "value"),
     [
-        ("spec.training.prefixCache", "Auto"),
         ("spec.runtime", {"engine": "DeepSpeed"}),
         ("spec.serve", {"replicas": 1}),
         ("spec.model.source", "s3://bucket/model"),

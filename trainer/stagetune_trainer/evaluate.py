@@ -174,7 +174,7 @@ def _validation(loss: AnswerLoss, batches: Iterator[Batch]) -> tuple[float, _Ans
     """Return the mean answer loss and the features that it was computed from."""
     total, parts = 0.0, []
     for batch in batches:
-        features, targets = loss.features(*batch.on(loss.decoder.device))
+        features, targets = loss.features_of(batch)
         total += float(loss.head.cross_entropy_sum(features, targets))
         parts.append(features.cpu())
     features = torch.cat(parts)
@@ -186,7 +186,7 @@ def mean_loss(loss: AnswerLoss, batches: Iterator[Batch]) -> float:
     """Return the mean loss over all labelled tokens of `batches`, in nats."""
     total, count = 0.0, 0
     for batch in batches:
-        batch_loss, batch_count = loss(*batch.on(loss.decoder.device))
+        batch_loss, batch_count = loss.of(batch)
         total += float(batch_loss)
         count += batch_count
     return total / count

@@ -146,7 +146,7 @@ def relative_gradient_norms(
     for batch in measured:
         squares.clear()
         with numerics.autocast():
-            loss_sum, count = loss(*batch.on(numerics.device))
+            loss_sum, count = loss.of(batch)
         (loss_sum / count).backward()  # type: ignore[no-untyped-call]
         for index, layer in enumerate(decoder.layers):
             # In the order of the parameters, not in that of the backward pass.

@@ -169,7 +169,7 @@ def validate(loop: StageLoop) -> float | None:
         if loop.stop.requested:
             return None
         with loop.numerics.autocast():
-            batch_loss, batch_count = loop.loss(*batch.on(loop.numerics.device))
+            batch_loss, batch_count = loop.loss.of(batch)
         loss_sum += float(batch_loss)
         count += batch_count
     for module in training_modules:

@@ -3,13 +3,16 @@
 Everything else a row holds (template, question, padding) costs no head computation and no logits.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from stagetune_trainer.data.batches import Batch
 from stagetune_trainer.decoder import Decoder
+from stagetune_trainer.prefix.states import PrefixStates
 
 IGNORED = -100
 """Label of positions without a loss, as everywhere in the field."""
@@ -68,8 +71,10 @@ class AnswerLoss:
     itself, at all positions.
     """
 
-    def __init__(self, decoder: Decoder) -> None:
+    def __init__(self, decoder: Decoder, prefix: PrefixStates | None = None) -> None:
+        """With a `prefix`, passes over batches begin with the hidden states that it gives."""
         self.decoder = decoder
+        self._prefix = prefix
         self.head = OutputHead(
             module=decoder.head,
             weight=decoder.head_weight,
@@ -115,7 +120,28 @@ class AnswerLoss:
             features = self._hidden_states(input_ids)
         return features[:, :-1][labelled], targets[labelled]
 
-    def __call__(self, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, int]:
+    def features_of(
+        self, batch: Batch, before_pass: Callable[[], None] = lambda: None
+    ) -> tuple[Tensor, Tensor]:
+        """Return features [N, ...] of the positions before answer tokens, and those tokens [N].
+
+        `before_pass` is called when the states that the pass begins with are there.
+        """
+        tensors = batch.on(self.decoder.device)
+        if self._prefix is None:
+            before_pass()
+            return self.features(*tensors)
+        states = self._prefix.of(batch)
+        before_pass()
+        with self._prefix.window.above(self._prefix.first, states):
+            return self.features(*tensors)
+
+    def of(self, batch: Batch) -> tuple[Tensor, int]:
         """Return the summed cross entropy in nats (fp32 scalar) and the number of answer tokens."""
+        features, targets = self.features_of(batch)
+        return self.head.cross_entropy_sum(features, targets), len(targets)
+
+    def __call__(self, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, int]:
+        """Return the same for token ids and labels [B, T], through the whole decoder."""
         features, targets = self.features(input_ids, labels)
         return self.head.cross_entropy_sum(features, targets), len(targets)

@@ -16,6 +16,7 @@ from stagetune_api.stage import ParentRef
 from stagetune_api.training_spec import LayerRange, Precision
 from stagetune_trainer.decoder import Decoder, find_decoder
 from stagetune_trainer.methods import Method
+from stagetune_trainer.tail_model import load_tail, move_weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,23 +50,33 @@ def choose_numerics(precision: Precision) -> Numerics:
 
 
 def load_base(
-    directory: Path, digest: str, numerics: Numerics, method: Method | None = None
+    directory: Path,
+    digest: str,
+    numerics: Numerics,
+    method: Method | None = None,
+    *,
+    first: int = 0,
 ) -> Decoder:
     """Return the prepared base model, all of it frozen, after checking every byte of it.
 
-    With a `method` it has the structure and the form that stages are trained in by it. Raises
-    ArtifactError where the folder is damaged or is not the model with `digest`.
+    With a `method` it has the structure and the form that stages are trained in by it. What lies
+    below layer `first` of that structure has no weights; where that cannot be, it has
+    (`tail_model.lowest_loaded` says which). Raises ArtifactError where the folder is damaged or is
+    not the model with `digest`.
     """
     verify_artifact(directory, digest=digest, kind=ArtifactKind.BASE_MODEL)
-    model: Any = AutoModelForCausalLM.from_pretrained(
-        directory, dtype=numerics.dtype, use_safetensors=True, trust_remote_code=False
-    )
+    # Layers that a method adds stand above some that the base has: it has no fewer below.
+    model: Any = load_tail(directory, numerics.dtype, first) if first else None
+    if model is None:
+        model = AutoModelForCausalLM.from_pretrained(
+            directory, dtype=numerics.dtype, use_safetensors=True, trust_remote_code=False
+        )
     model.requires_grad_(False)
     if method is not None:
         decoder = find_decoder(model)
         method.reshape(decoder)
         method.compress(decoder, numerics.device)
-    model.to(numerics.device)
+    move_weights(model, numerics.device)
     return find_decoder(model)
 
 
@@ -73,8 +84,22 @@ def load_base(
 class StageOutput:
     """What a finished stage changed."""
 
+    digest: str
     layers: LayerRange
     tensors: dict[str, Tensor]
+
+    @property
+    def lowest_layer(self) -> int:
+        """Index of the lowest layer that has one of the tensors; -1 where one is in no layer."""
+        return min((layer_of(name) for name in self.tensors), default=-1)
+
+
+def layer_of(name: str) -> int:
+    """Return the index of the layer that a tensor is in by its name; -1 for one outside of them.
+
+    The first number in a name is that of the decoder layer.
+    """
+    return next((int(part) for part in name.split(".") if part.isdigit()), -1)
 
 
 def load_chain(chain: Sequence[ParentRef], base_digest: str) -> list[StageOutput]:
@@ -96,12 +121,23 @@ def load_chain(chain: Sequence[ParentRef], base_digest: str) -> list[StageOutput
         if content.layers is None:
             raise ArtifactError(path, "does not say which layers it changed")
         tensors = load_file(path / names.WEIGHTS_FILE)
-        outputs.append(StageOutput(layers=content.layers, tensors=tensors))
+        outputs.append(StageOutput(digest=parent.digest, layers=content.layers, tensors=tensors))
         expected_parent = parent.digest
     return outputs
 
 
-def apply_chain(decoder: Decoder, outputs: Sequence[StageOutput], method: Method) -> None:
-    """Put the outputs of finished stages onto the base, oldest first."""
+def apply_chain(
+    decoder: Decoder, outputs: Sequence[StageOutput], method: Method, *, first: int = 0
+) -> None:
+    """Put the outputs of finished stages onto the base, oldest first.
+
+    What stands in layers below `first` is left out: they have no weights.
+    """
     for output in outputs:
-        method.apply(decoder, output.layers, output.tensors)
+        tensors = {
+            name: tensor
+            for name, tensor in output.tensors.items()
+            if not 0 <= layer_of(name) < first
+        }
+        if tensors:
+            method.apply(decoder, output.layers, tensors)

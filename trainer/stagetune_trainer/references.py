@@ -1,4 +1,4 @@
-"""References: what the base model computed about the data, as artifacts that anybody may drop.
+"""References: what a model computed about the data, as artifacts that anybody may drop.
 
 They are verified byte by byte before they are used and computed anew where they are not there, are
 damaged, or were made from anything else: nothing is lost with them but time.
@@ -6,6 +6,7 @@ damaged, or were made from anything else: nothing is lost with them but time.
 
 import shutil
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 from stagetune_api.artifact import (
@@ -25,6 +26,15 @@ _FORMAT = 1
 """Raised when a file of before would be read wrongly."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Reference:
+    """A reference by its name, and all that decides its numbers beside the base and the rows."""
+
+    name: str
+    kind: ArtifactKind
+    settings: Mapping[str, object]
+
+
 class ReferenceFolder:
     """A folder on the volume that holds references for one base model and one set of rows."""
 
@@ -42,47 +52,50 @@ class ReferenceFolder:
         self._fence = fence
         self._log = log
 
-    def obtain(
-        self,
-        name: str,
-        kind: ArtifactKind,
-        settings: Mapping[str, object],
-        write: Callable[[Path], None],
-    ) -> Path:
-        """Return the sound artifact `name` of `settings`; `write` fills a folder where it is not.
+    def obtain(self, reference: Reference, write: Callable[[Path], None]) -> Path:
+        """Return the sound artifact of `reference`; `write` fills a folder where it is not.
 
         Raises FencedError, OSError as the file system does, and what `write` raises.
         """
-        directory = self._directory / name
-        digest = self._settings_digest(settings)
-        try:
-            manifest = verify_artifact(directory, kind=kind)
-            if manifest.content.settings == digest:
-                return directory
-            what = "was made from something else"
-        except ArtifactError as error:
-            what = str(error)
+        directory = self._directory / reference.name
+        problem = self._problem(directory, reference)
+        if problem is None:
+            return directory
         if directory.exists():
-            self._log.message(f"computed anew: {directory}: {what}")
+            self._log.message(f"computed anew: {directory}: {problem}")
             # What can be computed again is not worth the disk that a damaged copy takes.
             self._fence.check()
             shutil.rmtree(directory)
-        self._log.message(f"computing {directory} with the base model")
+        self._log.message(f"computing {directory}")
         publish_directory(
             directory,
             write,
             content=lambda files: ArtifactContent(
-                kind=kind,
-                name=name,
+                kind=reference.kind,
+                name=reference.name,
                 base=self._config.model_digest,
                 data=self._config.data_digest,
-                settings=digest,
+                settings=self._settings_digest(reference.settings),
                 files=files,
             ),
             provenance=provenance_of(self._config.run_name, self._config.attempt),
             before_rename=self._fence.check,
         )
         return directory
+
+    def has(self, reference: Reference) -> bool:
+        """Whether the artifact is there, sound and made from what `reference` says."""
+        return self._problem(self._directory / reference.name, reference) is None
+
+    def _problem(self, directory: Path, reference: Reference) -> str | None:
+        """Return what keeps an artifact from being used; None where nothing does."""
+        try:
+            manifest = verify_artifact(directory, kind=reference.kind)
+        except ArtifactError as error:
+            return str(error)
+        if manifest.content.settings != self._settings_digest(reference.settings):
+            return "was made from something else"
+        return None
 
     def _settings_digest(self, settings: Mapping[str, object]) -> str:
         """Return the digest of all that decides the numbers, but for rounding."""

@@ -41,15 +41,15 @@ _STATE_FORMAT = 1
 def settings_digest(config: StageConfig) -> str:
     """Return the digest of all that decides a stage's numbers.
 
-    Estimates and how often to save are left out: they change no bit of the result. So is the size
-    of a micro-batch: every split of a batch gives the same gradient within rounding, and a stage
-    that ran out of memory goes on from its checkpoint with a smaller one.
+    Estimates, how often to save and the prefix cache are left out: they change no bit of the
+    result. So is the size of a micro-batch: every split of a batch gives the same gradient within
+    rounding, and a stage that ran out of memory goes on from its checkpoint with a smaller one.
     """
     stage = config.stage
     if stage is None:
         raise ValueError("only a Train task has settings")
     training = config.training.model_dump(
-        mode="json", exclude={"checkpoint_interval_seconds", "micro_batch_size"}
+        mode="json", exclude={"checkpoint_interval_seconds", "micro_batch_size", "prefix_cache"}
     )
     return digest_of_json(
         {
@@ -59,7 +59,9 @@ def settings_digest(config: StageConfig) -> str:
             "protection": config.protection.model_dump(
                 mode="json", include={"distillation", "anchor", "replay"}
             ),
-            "stage": stage.model_dump(mode="json", exclude={"estimate", "micro_batch_size"}),
+            "stage": stage.model_dump(
+                mode="json", exclude={"estimate", "micro_batch_size", "prefix_cache"}
+            ),
             "model": config.model_digest,
             "data": config.data_digest,
             "parent": config.chain[-1].digest if config.chain else config.model_digest,

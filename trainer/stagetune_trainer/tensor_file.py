@@ -16,8 +16,20 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-_BYTES = {torch.int32: 4, torch.int64: 8, torch.float16: 2, torch.bfloat16: 2}
-_NAMES = {torch.int32: "I32", torch.int64: "I64", torch.float16: "F16", torch.bfloat16: "BF16"}
+_BYTES = {
+    torch.int32: 4,
+    torch.int64: 8,
+    torch.float16: 2,
+    torch.bfloat16: 2,
+    torch.float32: 4,
+}
+_NAMES = {
+    torch.int32: "I32",
+    torch.int64: "I64",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float32: "F32",
+}
 _NUMPY: dict[int, str] = {4: "<i4", 8: "<i8", 2: "<i2"}
 _WORDS = {4: torch.int32, 8: torch.int64, 2: torch.int16}
 

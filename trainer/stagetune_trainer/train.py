@@ -1,8 +1,5 @@
 """The Train task: one stage, from its verified parent to its published output."""
 
-from collections.abc import Callable
-from pathlib import Path
-
 import torch
 
 from stagetune_api.progress import ProgressKind
@@ -11,17 +8,18 @@ from stagetune_api.stage import PlannedStage, StageConfig, Task
 from stagetune_api.training_spec import GradientCheckpointing
 from stagetune_trainer.checkpoint import Fence
 from stagetune_trainer.data.batches import open_training_rows, open_validation_rows
-from stagetune_trainer.decoder import Decoder, checkpoint_activations, freeze_prefix
+from stagetune_trainer.decoder import checkpoint_activations, freeze_prefix
 from stagetune_trainer.loop import StageLoop, StopRequest, train
 from stagetune_trainer.loss import AnswerLoss
 from stagetune_trainer.methods import Method, make_method
 from stagetune_trainer.methods.adapters import keep_earlier_adapters_still
 from stagetune_trainer.metrics import ProgressLog, peak_memory_bytes
-from stagetune_trainer.model import Numerics, apply_chain, choose_numerics, load_base, load_chain
+from stagetune_trainer.model import choose_numerics
 from stagetune_trainer.optimizers import choose_master_dtype, make_optimizer
 from stagetune_trainer.protect.meters import Meters
 from stagetune_trainer.protect.protection import Protection
 from stagetune_trainer.stage_folder import StageFolder
+from stagetune_trainer.stage_model import StageModel, StageModelLoader
 from stagetune_trainer.start_clock import StartClock
 from stagetune_trainer.training_state import TrainingState
 from stagetune_trainer.update import make_update
@@ -42,10 +40,21 @@ def train_stage(
     numerics = choose_numerics(config.training.precision)
     method = make_method(config.method, choose_master_dtype(config.training, numerics))
     protection = Protection(config, stage, numerics, fence=fence, log=log, stop=stop)
-    log.message(f"loading {config.model_directory} and {len(config.chain)} finished stage(s)")
-    decoder = _load(config, method, numerics, protection.look_at_base)
-    loss = AnswerLoss(decoder)
-    state = _open_stage(decoder, method, config, stage)
+    model = StageModelLoader(
+        config=config,
+        stage=stage,
+        method=method,
+        numerics=numerics,
+        protection=protection,
+        fence=fence,
+        log=log,
+        stop=stop,
+    ).load()
+    decoder = model.decoder
+    # Both look at how the decoder computes; below the cache it cannot.
+    with model.window.probing(model.lowest_layer):
+        loss = AnswerLoss(decoder, model.prefix)
+        state = _open_stage(model, method, config, stage)
     folder.resume(state)
     loop = StageLoop(
         stage=stage,
@@ -68,6 +77,7 @@ def train_stage(
     trained = {name: value.detach().cpu() for name, value in state.parameters.items()}
     manifest = folder.publish_output(method.output(decoder, trained), state.loop.step)
     protection.close()
+    model.close()
     output = CheckpointRef(
         path=str(folder.layout.output), digest=manifest.digest, step=state.loop.step
     )
@@ -82,26 +92,6 @@ def train_stage(
         output=output,
         train=_result(state, stage).model_copy(update=measured),
     )
-
-
-def _load(
-    config: StageConfig,
-    method: Method,
-    numerics: Numerics,
-    look_at_base: Callable[[Decoder], None],
-) -> Decoder:
-    """Return the base model with every earlier stage's output in place, all of it frozen.
-
-    `look_at_base` is given the base model before anything is put on it.
-    """
-    if config.model_digest is None or config.model_directory is None:
-        raise ValueError("a Train task needs a base model")
-    # The chain is checked first: it is small, and what is wrong with a run is mostly there.
-    outputs = load_chain(config.chain, config.model_digest)
-    decoder = load_base(Path(config.model_directory), config.model_digest, numerics, method)
-    look_at_base(decoder)
-    apply_chain(decoder, outputs, method)
-    return decoder
 
 
 def _measure_base(
@@ -127,12 +117,12 @@ def _measure(meters: Meters, state: TrainingState, log: ProgressLog) -> dict[str
 
 
 def _open_stage(
-    decoder: Decoder, method: Method, config: StageConfig, stage: PlannedStage
+    model: StageModel, method: Method, config: StageConfig, stage: PlannedStage
 ) -> TrainingState:
     """Open the stage's parameters and cut the prefix off; the optimizer is built last."""
+    decoder, first = model.decoder, model.first
     torch.manual_seed(config.training.seed * 1000003 + stage.index)
     parameters = method.open(decoder, stage)
-    first = method.lowest_layer(decoder, stage)
     decoder.model.train()
     if config.training.gradient_checkpointing is GradientCheckpointing.ALWAYS:
         checkpoint_activations(decoder, first)

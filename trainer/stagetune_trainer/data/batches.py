@@ -61,8 +61,13 @@ class Batch:
     """Tokens of each row, padding left out."""
     rows: tuple[int, ...] = ()
     """Where each row stands in the rows that it was taken from."""
-    is_replay: bool = False
-    """Whether it is other text that is mixed into training."""
+    split: Split = Split.TRAIN
+    """What the rows are for, and so which file `rows` are places in."""
+
+    @property
+    def is_replay(self) -> bool:
+        """Whether it is other text that is mixed into training."""
+        return self.split is Split.REPLAY
 
     @property
     def num_answer_tokens(self) -> int:
@@ -75,7 +80,7 @@ class Batch:
 
 
 def collate(
-    stored: Sequence[StoredRow], *, rows: Sequence[int] = (), is_replay: bool = False
+    stored: Sequence[StoredRow], *, rows: Sequence[int] = (), split: Split = Split.TRAIN
 ) -> Batch:
     """Return `stored` as one batch; `rows` are their places in what they were taken from."""
     lengths = [len(row.input_ids) for row in stored]
@@ -91,7 +96,7 @@ def collate(
         num_tokens=sum(lengths),
         lengths=tuple(lengths),
         rows=tuple(rows),
-        is_replay=is_replay,
+        split=split,
     )
 
 
@@ -156,15 +161,16 @@ class TrainingRows:
 class FixedRows:
     """Rows that are all seen once and in a fixed order: validation and general text."""
 
-    def __init__(self, rows: RowReader, *, micro_batch_size: int) -> None:
+    def __init__(self, rows: RowReader, *, micro_batch_size: int, split: Split) -> None:
         self._rows = rows
         self._micro_batch_size = micro_batch_size
+        self._split = split
 
     def batches(self) -> Iterator[Batch]:
         """Yield all rows in batches, the longest first, so that memory is at its peak at once."""
         indices = _longest_first(self._rows, range(len(self._rows)))
         for part in _parts(indices, self._micro_batch_size):
-            yield collate([self._rows[index] for index in part], rows=part)
+            yield collate([self._rows[index] for index in part], rows=part, split=self._split)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -207,14 +213,12 @@ def open_profile_batches(config: StageConfig, batches: int) -> list[Batch]:
 
 def open_validation_rows(config: StageConfig) -> FixedRows:
     """Return all validation rows; raises ArtifactError where they are not sound."""
-    rows = _open(config, Split.VALIDATION)
-    return FixedRows(rows, micro_batch_size=config.training.micro_batch_size)
+    return _open_fixed(config, Split.VALIDATION)
 
 
 def open_general_rows(config: StageConfig) -> FixedRows:
     """Return the general text in chunks; raises ArtifactError where it is not sound."""
-    rows = _open(config, Split.GENERAL)
-    return FixedRows(rows, micro_batch_size=config.training.micro_batch_size)
+    return _open_fixed(config, Split.GENERAL)
 
 
 def open_validation_questions(config: StageConfig) -> list[ValidationQuestion]:
@@ -235,6 +239,11 @@ def open_validation_questions(config: StageConfig) -> list[ValidationQuestion]:
 def open_split(config: StageConfig, split: Split) -> RowReader:
     """Return the rows of `split`; raises ArtifactError where they are not sound."""
     return _open(config, split)
+
+
+def _open_fixed(config: StageConfig, split: Split) -> FixedRows:
+    rows = _open(config, split)
+    return FixedRows(rows, micro_batch_size=config.training.micro_batch_size, split=split)
 
 
 def _open(config: StageConfig, split: Split) -> RowReader:

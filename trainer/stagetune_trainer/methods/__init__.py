@@ -30,8 +30,11 @@ class Method(Protocol):
         """
         return
 
-    def lowest_layer(self, decoder: Decoder, stage: PlannedStage) -> int:
-        """Return the index in `decoder.layers` below which nothing of the stage trains."""
+    can_be_loaded_in_part: bool = True
+    """Whether layers from one up are enough to `reshape` and to `open` a stage above it."""
+
+    def lowest_layer(self, stage: PlannedStage) -> int:
+        """Return the index in the reshaped decoder below which nothing of the stage trains."""
         return stage.layers.first
 
     def open(self, decoder: Decoder, stage: PlannedStage) -> dict[str, nn.Parameter]:

@@ -31,6 +31,9 @@ class ExpandMethod(FullMethod):
     the blocks of later stages stand there and change nothing.
     """
 
+    can_be_loaded_in_part = False
+    """A block is a copy of the layer below it."""
+
     def __init__(self, spec: ExpandSpec | None, master_dtype: torch.dtype = torch.float32) -> None:
         super().__init__(master_dtype)
         self._size = (spec or ExpandSpec()).layers_per_block
@@ -60,7 +63,7 @@ class ExpandMethod(FullMethod):
         """Return the blocks behind the stage's layers."""
         return [decoder.layers[index] for index in self._blocks(stage)]
 
-    def lowest_layer(self, decoder: Decoder, stage: PlannedStage) -> int:
+    def lowest_layer(self, stage: PlannedStage) -> int:
         """Return the index in the expanded decoder of the stage's lowest block."""
         return self._blocks(stage)[0]
 

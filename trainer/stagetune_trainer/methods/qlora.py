@@ -22,6 +22,6 @@ class QloraMethod(LoraMethod):
         """
         for layer in decoder.layers:
             for name, module in list(layer.named_modules()):
-                if isinstance(module, nn.Linear):
+                if isinstance(module, nn.Linear) and not module.weight.is_meta:
                     parent, _, child = name.rpartition(".")
                     setattr(layer.get_submodule(parent), child, Nf4Linear(module, device))

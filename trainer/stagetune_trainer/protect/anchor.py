@@ -20,7 +20,7 @@ from stagetune_trainer.data.store import RowReader
 from stagetune_trainer.decoder import Decoder
 from stagetune_trainer.model import Numerics
 from stagetune_trainer.protect.teacher import batches_of
-from stagetune_trainer.references import ReferenceFolder
+from stagetune_trainer.references import Reference, ReferenceFolder
 from stagetune_trainer.tensor_file import RowTensors, TensorFileWriter, row_offsets
 
 
@@ -132,8 +132,14 @@ def store_hidden_states(
         writer.close()
         tap.close()
 
-    settings = {"layer": layer, "rows": sorted(indices)}
-    directory = folder.obtain(
-        names.StageLayout(Path()).anchor.name, ArtifactKind.HIDDEN_STATES, settings, write
-    )
+    directory = folder.obtain(anchor_reference(layer, indices), write)
     return directory / names.HIDDEN_STATES_FILE
+
+
+def anchor_reference(layer: int, indices: list[int]) -> Reference:
+    """Return what the file of a stage's anchor is called, and what decides its numbers."""
+    return Reference(
+        name=names.StageLayout(Path()).anchor.name,
+        kind=ArtifactKind.HIDDEN_STATES,
+        settings={"layer": layer, "rows": sorted(indices)},
+    )

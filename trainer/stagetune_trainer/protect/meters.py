@@ -40,13 +40,13 @@ class Meters:
         """Return the loss on general text, mean over tokens, in nats."""
         if self.general is None:
             return None
-        return self._mean(self.general, lambda batch: self.loss(*batch.on(self.numerics.device)))
+        return self._mean(self.general, self.loss.of)
 
     def kl_to_base(self) -> float | None:
         """Return KL(base || model) on validation answers, mean over tokens, in nats."""
 
         def divergence(batch: Batch) -> tuple[torch.Tensor, int]:
-            features, targets = self.loss.features(*batch.on(self.numerics.device))
+            features, targets = self.loss.features_of(batch)
             teacher = self.teacher.targets(batch, self.numerics.device)
             return answer_sums(self.loss.head, features, targets, teacher)[1], len(targets)
 

@@ -53,10 +53,11 @@ class Objective:
         """Return the terms of a micro-batch, each an fp32 scalar that is summed over tokens."""
         device = self._loss.decoder.device
         if batch.is_replay:
-            return {REPLAY: self._loss(*batch.on(device))[0]}
-        if self._anchor is not None:
-            self._anchor.arm()
-        features, targets = self._loss.features(*batch.on(device))
+            return {REPLAY: self._loss.of(batch)[0]}
+        if self._anchor is None:
+            features, targets = self._loss.features_of(batch)
+        else:
+            features, targets = self._loss.features_of(batch, before_pass=self._anchor.arm)
         sums: dict[str, Tensor] = {}
         if self._teacher is None:
             sums[ANSWERS] = self._loss.head.cross_entropy_sum(features, targets)

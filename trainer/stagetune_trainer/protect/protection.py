@@ -13,7 +13,12 @@ from stagetune_api import names
 from stagetune_api.stage import PlannedStage, StageConfig
 from stagetune_api.training_spec import MethodType
 from stagetune_trainer.checkpoint import Fence, remove_drafts
-from stagetune_trainer.data.batches import Batch, TrainingRows, open_split
+from stagetune_trainer.data.batches import (
+    Batch,
+    TrainingRows,
+    open_split,
+    open_training_rows,
+)
 from stagetune_trainer.data.store import Split
 from stagetune_trainer.decoder import Decoder
 from stagetune_trainer.errors import InterruptedRunError
@@ -21,7 +26,7 @@ from stagetune_trainer.loop import StopRequest
 from stagetune_trainer.loss import AnswerLoss
 from stagetune_trainer.metrics import ProgressLog
 from stagetune_trainer.model import Numerics
-from stagetune_trainer.protect.anchor import Anchor, store_hidden_states
+from stagetune_trainer.protect.anchor import Anchor, anchor_reference, store_hidden_states
 from stagetune_trainer.protect.meters import Meters, open_meters
 from stagetune_trainer.protect.objective import Objective
 from stagetune_trainer.protect.replay import RowsWithReplay, open_replay_rows
@@ -60,6 +65,18 @@ class Protection:
         self._hidden_states: Path | None = None
         self._opened_anchor: Anchor | None = None
 
+    def is_complete(self) -> bool:
+        """Whether the volume holds all that `look_at_base` would have to ask the base model for."""
+        shared = [self._teacher_spec(Split.VALIDATION, METER_TOP_K).reference]
+        if self._distillation is not None:
+            shared.append(self._teacher_spec(Split.TRAIN, self._distillation.top_k).reference)
+        own = []
+        if self._anchor is not None:
+            indices = open_training_rows(self._config, self._stage).all_indices()
+            own.append(anchor_reference(self._stage.layers.last, indices))
+        run, stage = self._folder(self._cache), self._folder(self._stage_root)
+        return all(map(run.has, shared)) and all(map(stage.has, own))
+
     def look_at_base(self, decoder: Decoder) -> None:
         """Make sure that the volume holds what `decoder`, the bare base model, has to say.
 
@@ -76,13 +93,7 @@ class Protection:
             )
         if self._anchor is not None:
             rows = open_split(self._config, Split.TRAIN)
-            training = TrainingRows(
-                rows,
-                stage=self._stage,
-                seed=self._config.training.seed,
-                batch_size=self._config.training.batch_size,
-                micro_batch_size=self._micro_batch_size,
-            )
+            training = open_training_rows(self._config, self._stage)
             self._hidden_states = store_hidden_states(
                 self._folder(self._stage_root),
                 decoder,
@@ -154,19 +165,21 @@ class Protection:
         top_k: int,
         before_batch: Callable[[], None] = lambda: None,
     ) -> Teacher:
-        spec = TeacherSpec(
-            name=split.value,
-            rows=open_split(self._config, split),
-            top_k=top_k,
-            micro_batch_size=self._micro_batch_size,
-        )
         return open_teacher(
             self._folder(self._cache),
-            spec,
+            self._teacher_spec(split, top_k),
             lambda: AnswerLoss(decoder),
             self._numerics,
             vocabulary=decoder.head_weight.shape[0],
             before_batch=before_batch,
+        )
+
+    def _teacher_spec(self, split: Split, top_k: int) -> TeacherSpec:
+        return TeacherSpec(
+            name=split.value,
+            rows=open_split(self._config, split),
+            top_k=top_k,
+            micro_batch_size=self._micro_batch_size,
         )
 
     def _folder(self, directory: Path) -> ReferenceFolder:

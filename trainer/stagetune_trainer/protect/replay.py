@@ -49,7 +49,7 @@ class ReplayRows:
             self._rows, self.step_indices(step), self._micro_batch_size
         )
         return [
-            collate([self._rows[row] for row in part], rows=part, is_replay=True)
+            collate([self._rows[row] for row in part], rows=part, split=Split.REPLAY)
             for part in counted
         ]
 

@@ -21,7 +21,7 @@ from stagetune_trainer.data.template import IGNORED
 from stagetune_trainer.loss import AnswerLoss
 from stagetune_trainer.model import Numerics
 from stagetune_trainer.protect.distillation import TeacherTargets, full_logits, likeliest
-from stagetune_trainer.references import ReferenceFolder
+from stagetune_trainer.references import Reference, ReferenceFolder
 from stagetune_trainer.tensor_file import RowTensors, TensorFileWriter, row_offsets
 
 METER_TOP_K = 256
@@ -60,7 +60,17 @@ class TeacherSpec:
     """Name of the rows: `train` or `validation`."""
     rows: RowReader
     top_k: int
+    """Likeliest tokens that are kept; all of them where there are fewer."""
     micro_batch_size: int
+
+    @property
+    def reference(self) -> Reference:
+        """What the file is called, and what decides its numbers."""
+        return Reference(
+            name=f"teacher-{self.name}",
+            kind=ArtifactKind.TEACHER,
+            settings={"rows": self.name, "topK": self.top_k},
+        )
 
 
 def open_teacher(
@@ -76,14 +86,13 @@ def open_teacher(
 
     `before_batch` may raise to give up.
     """
-    top_k = min(spec.top_k, vocabulary)
 
     def write(directory: Path) -> None:
         path = directory / names.TEACHER_FILE
+        top_k = min(spec.top_k, vocabulary)
         _compute(path, spec, loss(), numerics, top_k=top_k, before_batch=before_batch)
 
-    settings = {"rows": spec.name, "topK": top_k}
-    directory = folder.obtain(f"teacher-{spec.name}", ArtifactKind.TEACHER, settings, write)
+    directory = folder.obtain(spec.reference, write)
     return Teacher(directory / names.TEACHER_FILE, vocabulary=vocabulary)
 
 
@@ -113,7 +122,7 @@ def _compute(
         before_batch()
         batch = collate([spec.rows[row] for row in rows], rows=rows)
         with numerics.autocast():
-            features, _ = loss.features(*batch.on(numerics.device))
+            features, _ = loss.features_of(batch)
             parts = [
                 likeliest(full_logits(loss.head, part), top_k)
                 for part in torch.split(features, _POSITIONS_AT_ONCE)

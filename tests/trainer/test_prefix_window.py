@@ -1,0 +1,140 @@
+"""A decoder cut at a border, and one with weights above it alone, compute what the whole does."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from stagetune_trainer.decoder import Decoder, find_decoder
+from stagetune_trainer.loss import AnswerLoss
+from stagetune_trainer.prefix.window import LayerWindow, WindowError
+from stagetune_trainer.tail_model import drop_below, load_tail, lowest_loaded
+
+FAMILIES = ["llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "phi", "phi3"]
+TYPES = [torch.float32, torch.bfloat16]
+MakeModel = Callable[..., Path]
+
+
+def load(directory: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(directory, dtype=dtype)
+    return model.eval()
+
+
+def some_tokens(rows: int = 2, length: int = 24) -> torch.Tensor:
+    return torch.randint(3, 300, (rows, length), generator=torch.Generator().manual_seed(0))
+
+
+@torch.no_grad()
+def hidden(decoder: Decoder, tokens: torch.Tensor) -> torch.Tensor:
+    states: torch.Tensor = decoder.backbone(input_ids=tokens, use_cache=False).last_hidden_state
+    return states
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_pass_cut_in_three_is_the_pass_in_every_family(
+    family: str, make_tiny_model: MakeModel
+) -> None:
+    decoder = find_decoder(load(make_tiny_model(family)))
+    tokens = some_tokens()
+    expected = hidden(decoder, tokens)
+    window = LayerWindow(decoder)
+    low = window.run(tokens, stop=1)
+    middle = window.run(tokens, start=1, states=low, stop=3)
+    with window.above(3, middle):
+        found = hidden(decoder, torch.zeros_like(tokens))
+    assert torch.equal(found, expected)
+    assert torch.equal(middle, window.run(tokens, stop=3))
+    # Nothing of it stays.
+    assert torch.equal(hidden(decoder, tokens), expected)
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("first", [1, 3])
+def test_a_model_with_weights_above_a_border_computes_as_the_whole(
+    first: int, family: str, dtype: torch.dtype, make_tiny_model: MakeModel
+) -> None:
+    directory = make_tiny_model(family)
+    whole = find_decoder(load(directory, dtype))
+    tokens = some_tokens()
+    states = LayerWindow(whole).run(tokens, stop=first)
+    expected = hidden(whole, tokens)
+    model = load_tail(directory, dtype, first)
+    assert model is not None
+    tail = find_decoder(model)
+    assert lowest_loaded(tail) == first
+    assert tail.embeddings.weight.is_meta is not tail.is_tied
+    assert not tail.model.training
+    for name, tensor in tail.model.named_parameters():
+        if not tensor.is_meta:
+            assert tensor.dtype is dtype
+            assert torch.equal(tensor, whole.model.get_parameter(name)), name
+    for name, buffer in tail.model.named_buffers():
+        assert torch.equal(buffer, whole.model.get_buffer(name)), name
+    window = LayerWindow(tail)
+    with window.above(first, states):
+        assert torch.equal(hidden(tail, tokens), expected)
+        logits = tail.model(input_ids=tokens).logits
+    assert torch.equal(logits, whole.model(input_ids=tokens).logits)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_what_lies_below_can_be_dropped_from_a_whole_model(
+    family: str, make_tiny_model: MakeModel
+) -> None:
+    decoder = find_decoder(load(make_tiny_model(family)))
+    tokens = some_tokens()
+    window = LayerWindow(decoder)
+    states = window.run(tokens, stop=2)
+    expected = hidden(decoder, tokens)
+    drop_below(decoder, 2)
+    assert lowest_loaded(decoder) == 2
+    with window.above(2, states):
+        assert torch.equal(hidden(decoder, tokens), expected)
+
+
+def test_a_sharded_model_is_loaded_from_the_files_that_hold_its_upper_layers(
+    tmp_path: Path, make_tiny_model: MakeModel
+) -> None:
+    load(make_tiny_model("llama")).save_pretrained(tmp_path, max_shard_size="40KB")
+    assert (tmp_path / "model.safetensors.index.json").exists()
+    model = load_tail(tmp_path, torch.float32, 2)
+    assert model is not None
+    whole = load(tmp_path)
+    above = "model.layers.2.mlp.up_proj.weight"
+    assert torch.equal(model.get_parameter(above), whole.get_parameter(above))
+
+
+def test_a_model_whose_files_name_its_weights_otherwise_is_not_loaded_in_part(
+    tmp_path: Path, make_tiny_model: MakeModel
+) -> None:
+    model = load(make_tiny_model("llama"))
+    model.model.save_pretrained(tmp_path)
+    assert load_tail(tmp_path, torch.float32, 2) is None
+
+
+def test_the_head_is_checked_without_what_lies_below(make_tiny_model: MakeModel) -> None:
+    """A soft cap is the model's own; the check finds it in the upper layers alone."""
+    directory = make_tiny_model("gemma2")
+    model = load_tail(directory, torch.float32, 2)
+    assert model is not None
+    tail = find_decoder(model)
+    window = LayerWindow(tail)
+    with window.probing(2):
+        loss = AnswerLoss(tail)
+    assert loss.head.module is tail.head
+
+
+def test_layers_that_return_more_than_a_tensor_are_not_cut(make_tiny_model: MakeModel) -> None:
+    decoder = find_decoder(load(make_tiny_model("llama")))
+    plain = decoder.layers[1].forward
+
+    def returns_a_tuple(*args: Any, **kwargs: Any) -> Any:
+        return (plain(*args, **kwargs),)
+
+    decoder.layers[1].forward = returns_a_tuple  # type: ignore[method-assign]
+    with pytest.raises(WindowError, match="LlamaDecoderLayer returns more"):
+        LayerWindow(decoder).run(some_tokens(), stop=2)

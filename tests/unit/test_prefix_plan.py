@@ -1,0 +1,206 @@
+"""Which stages keep the hidden states below them: for the least time of the whole run."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from stagetune_api.facts import DataFacts, Facts, ModelFacts
+from stagetune_api.spec import StagedFineTuneSpec
+from stagetune_api.stage import PlannedStage, PrefixCachePlan
+from stagetune_operator.estimate import Machine
+from stagetune_operator.model_facts import model_facts_from_config
+from stagetune_operator.plan import Plan, make_plan
+
+CPU = Machine(is_gpu=False)
+HIDDEN = 64
+
+
+def facts(num_layers: int = 12, **data: Any) -> Facts:
+    model = model_facts_from_config(
+        {
+            "model_type": "llama",
+            "hidden_size": HIDDEN,
+            "intermediate_size": 160,
+            "num_hidden_layers": num_layers,
+            "num_attention_heads": 4,
+            "vocab_size": 500,
+            "tie_word_embeddings": False,
+        }
+    )
+    assert isinstance(model, ModelFacts)
+    sizes = {
+        "train_rows": 1000,
+        "validation_rows": 50,
+        "train_tokens": 200_000,
+        "train_answer_tokens": 60_000,
+        "max_row_tokens": 512,
+    }
+    return Facts(model=model, data=DataFacts(**{**sizes, **data}), model_directory="models/base")
+
+
+def plan(
+    schedule: dict[str, Any] | None,
+    *,
+    machine: Machine = CPU,
+    given: Facts | None = None,
+    **more: Any,
+) -> Plan:
+    sections = {"training": {"learningRate": 1e-4, "batchSize": 10}, **more}
+    body = {
+        "model": {"source": "hf://org/model"},
+        "dataset": {"source": "hf://org/rows", "validation": {"fraction": 0.05}},
+        **({"schedule": schedule} if schedule is not None else {}),
+        **sections,
+    }
+    found = make_plan(StagedFineTuneSpec.model_validate(body), given or facts(), machine)
+    assert isinstance(found, Plan), found
+    return found
+
+
+def cache(stage: PlannedStage) -> PrefixCachePlan:
+    assert stage.prefix_cache is not None
+    return stage.prefix_cache
+
+
+def test_nothing_lies_below_the_lowest_stage() -> None:
+    assert plan({"stageCount": 3}).stages[0].prefix_cache is None
+
+
+def test_states_are_carried_on_from_border_to_border() -> None:
+    found = plan({"stageCount": 3, "epochsPerStage": 3})
+
+    middle, top = (cache(stage) for stage in found.stages[1:])
+    assert (middle.used, middle.begins_at) == (True, 0)
+    assert (top.used, top.begins_at) == (True, 4)
+    # 1,050 rows of 200 tokens, 64 numbers of 4 bytes each.
+    assert middle.disk_bytes == top.disk_bytes == 1050 * 200 * HIDDEN * 4
+    # Four layers each, once.
+    assert middle.flops == top.flops
+    assert "below layer 8" in top.reason
+
+
+def test_a_cached_prefix_is_neither_run_nor_loaded() -> None:
+    without = plan({"stageCount": 3, "epochsPerStage": 3}, training=never()).stages[2].estimate
+    found = plan({"stageCount": 3, "epochsPerStage": 3}).stages[2].estimate
+    model = facts().model
+
+    below = 8 * model.layer.parameters + model.embedding_parameters
+    assert without.weights_bytes - found.weights_bytes == 4 * below
+    assert without.memory_bytes - found.memory_bytes == 4 * below
+    matrices = sum(inputs * outputs for inputs, outputs in model.layer.linear_shapes.values())
+    attention = 4 * HIDDEN * 200
+    saved = 10 * 200 * 8 * (2 * matrices + attention)
+    assert without.step_flops - found.step_flops == pytest.approx(saved, rel=1e-6)
+    assert found.training_state_bytes == without.training_state_bytes
+    assert found.activation_bytes == without.activation_bytes
+
+
+def never() -> dict[str, Any]:
+    return {"learningRate": 1e-4, "batchSize": 10, "prefixCache": "Never"}
+
+
+def test_never_is_never() -> None:
+    found = plan({"stageCount": 3, "epochsPerStage": 3}, training=never())
+
+    assert [cache(stage).used for stage in found.stages[1:]] == [False, False]
+    assert cache(found.stages[1]).reason == "prefixCache is Never"
+    assert found.summary.disk_bytes == sum(s.estimate.disk_bytes for s in found.stages)
+
+
+def test_two_caches_stand_on_the_volume_while_one_is_carried_on() -> None:
+    found = plan({"stageCount": 4, "epochsPerStage": 3})
+
+    kept = sum(stage.estimate.disk_bytes for stage in found.stages)
+    assert found.summary.disk_bytes == kept + 2 * cache(found.stages[1]).disk_bytes
+
+
+def test_what_fills_a_cache_counts_among_the_operations() -> None:
+    found = plan({"stageCount": 3, "epochsPerStage": 3})
+
+    steps = sum(stage.steps * stage.estimate.step_flops for stage in found.stages)
+    filled = sum(cache(stage).flops for stage in found.stages[1:])
+    assert found.summary.total_flops == steps + filled
+
+
+def test_rows_of_a_stage_s_own_are_not_there_from_the_stage_before() -> None:
+    schedule = {"stageCount": 3, "epochsPerStage": 4, "dataPartition": "Disjoint"}
+
+    assert [cache(stage).begins_at for stage in plan(schedule).stages[1:]] == [0, 0]
+
+
+def test_from_the_top_down_every_border_is_computed_from_the_tokens() -> None:
+    found = plan({"stageCount": 3, "epochsPerStage": 3, "order": "TopDown"})
+
+    assert [cache(stage).used for stage in found.stages[:2]] == [True, True]
+    assert [cache(stage).begins_at for stage in found.stages[:2]] == [0, 0]
+    assert found.stages[2].prefix_cache is None
+
+
+def test_a_fast_device_computes_a_small_prefix_sooner_than_it_reads_it() -> None:
+    found = cache(plan({"stageCount": 2}, machine=Machine()).stages[1])
+
+    assert not found.used
+    assert "keeping its states would take longer than computing 6 layers" in found.reason
+    assert found.disk_bytes == found.flops == 0
+
+
+def test_what_does_not_pay_for_itself_may_pay_for_the_stages_above() -> None:
+    """A large model's low border, read about once, begins the caches of all borders above it."""
+    config = {
+        "model_type": "qwen2",
+        "hidden_size": 3584,
+        "intermediate_size": 18944,
+        "num_hidden_layers": 28,
+        "num_attention_heads": 28,
+        "num_key_value_heads": 4,
+        "vocab_size": 152064,
+        "tie_word_embeddings": False,
+    }
+    model = model_facts_from_config(config)
+    assert isinstance(model, ModelFacts)
+    given = facts().model_copy(update={"model": model})
+    found = plan({"layersPerStage": 4}, machine=Machine(), given=given, evaluation={})
+
+    used = [stage.prefix_cache for stage in found.stages if stage.prefix_cache]
+    first = next(item for item in used if item.used)
+    assert "carries the states" in first.reason
+    assert [item.used for item in used] == sorted(item.used for item in used)
+
+
+def test_a_volume_without_room_has_no_cache() -> None:
+    storage = {"size": "100Mi"}
+    small = plan({"stageCount": 2, "epochsPerStage": 3}, storage=storage)
+    assert not cache(small.stages[1]).used
+    assert "raise spec.storage.size" in cache(small.stages[1]).reason
+    large = plan({"stageCount": 2, "epochsPerStage": 3}, storage={"size": "1Gi"})
+    assert cache(large.stages[1]).used
+
+
+def test_other_text_that_a_stage_looks_at_is_kept_too() -> None:
+    schedule = {"stageCount": 2, "epochsPerStage": 3}
+    plain = cache(plan(schedule).stages[1])
+    general = {"generalText": {"source": "hf://org/text", "maxTokens": 3000}}
+    replay = {"replay": {"ratio": 0.1, "source": "hf://org/other"}}
+    with_text = cache(plan(schedule, evaluation=general).stages[1])
+    given = facts(replay_rows=10, replay_tokens=5000)
+    with_replay = cache(plan(schedule, protection=replay, given=given).stages[1])
+
+    assert with_text.disk_bytes - plain.disk_bytes == 3000 * HIDDEN * 4
+    assert with_replay.disk_bytes - plain.disk_bytes == 5000 * HIDDEN * 4
+
+
+def test_the_digest_of_a_plan_does_not_depend_on_the_cache() -> None:
+    cached = plan({"stageCount": 2, "epochsPerStage": 3})
+    plain = plan({"stageCount": 2, "epochsPerStage": 3}, training=never())
+
+    assert cached.digest == plain.digest
+
+
+def test_blocks_that_are_added_count_as_layers_below() -> None:
+    method = {"type": "Expand", "expand": {"layersPerBlock": 4}}
+    found = plan({"stageCount": 3, "epochsPerStage": 3}, method=method)
+
+    # Behind 4, 9 and 14 layers of the deeper model.
+    assert [cache(stage).begins_at for stage in found.stages] == [0, 4, 9]

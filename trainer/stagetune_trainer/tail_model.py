@@ -1,0 +1,125 @@
+"""A base model of which only the upper layers have weights: what a stage above a cache needs.
+
+What lies below stays on torch's meta device: the modules are there, so that layers keep their index
+and their name, and their parameters have a shape and no numbers.
+"""
+
+import json
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from stagetune_trainer.decoder import Decoder, find_decoder
+
+META = torch.device("meta")
+_INDEX_FILE = "model.safetensors.index.json"
+_SINGLE_FILE = "model.safetensors"
+
+
+def load_tail(directory: Path, dtype: torch.dtype, first: int) -> PreTrainedModel | None:
+    """Return the model in `directory` with weights from layer `first` up, in `dtype`.
+
+    The embeddings have theirs too where they are the head's. None where the files do not name the
+    weights as the model does: transformers converts such ones while it loads the whole.
+    """
+    config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
+    with _parameters_on_meta():
+        model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
+            config, dtype=dtype, trust_remote_code=False
+        )
+    below = {id(parameter) for parameter in parameters_below(find_decoder(model), first)}
+    wanted = {
+        name: parameter
+        for name, parameter in model.named_parameters()
+        if id(parameter) not in below
+    }
+    places = _places(directory)
+    if not wanted.keys() <= places.keys():
+        return None
+    by_file: defaultdict[str, list[str]] = defaultdict(list)
+    for name in wanted:
+        by_file[places[name]].append(name)
+    open_file: Any = safe_open
+    for file, names in by_file.items():
+        with open_file(directory / file, framework="pt") as tensors:
+            for name in names:
+                _set(model, name, tensors.get_tensor(name).to(dtype))
+    model.tie_weights()
+    model.train(False)
+    return model
+
+
+def parameters_below(decoder: Decoder, first: int) -> Iterator[Tensor]:
+    """Yield the parameters that nothing from layer `first` up computes with."""
+    for layer in decoder.layers[:first]:
+        yield from layer.parameters()
+    if first > 0 and not decoder.is_tied:
+        yield from decoder.embeddings.parameters()
+
+
+def drop_below(decoder: Decoder, first: int) -> None:
+    """Give the memory of everything below layer `first` back."""
+    modules = list(decoder.layers[:first])
+    if first > 0 and not decoder.is_tied:
+        modules.append(decoder.embeddings)
+    for module in modules:
+        module.to(META)
+
+
+def move_weights(model: nn.Module, device: torch.device) -> None:
+    """Move everything that has numbers to `device`."""
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            if not parameter.is_meta:
+                parameter.data = parameter.data.to(device)
+        for name, buffer in module.named_buffers(recurse=False):
+            module._buffers[name] = buffer.to(device)
+
+
+def lowest_loaded(decoder: Decoder) -> int:
+    """Return the index of the lowest layer that has weights."""
+    return next(
+        index
+        for index, layer in enumerate(decoder.layers)
+        if not any(parameter.is_meta for parameter in layer.parameters())
+    )
+
+
+@contextmanager
+def _parameters_on_meta() -> Iterator[None]:
+    """Make every parameter that is registered inside one without numbers; buffers are computed."""
+    register = nn.Module.register_parameter
+
+    def register_on_meta(module: nn.Module, name: str, param: nn.Parameter | None) -> None:
+        if param is not None and not param.is_meta:
+            param = nn.Parameter(param.to(META), requires_grad=param.requires_grad)
+        register(module, name, param)
+
+    nn.Module.register_parameter = register_on_meta  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        nn.Module.register_parameter = register  # type: ignore[method-assign]
+
+
+def _places(directory: Path) -> dict[str, str]:
+    """Return the file of every weight in `directory`, by the weight's name."""
+    index = directory / _INDEX_FILE
+    if index.exists():
+        places: dict[str, str] = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        return places
+    open_file: Any = safe_open
+    with open_file(directory / _SINGLE_FILE, framework="pt") as tensors:
+        return dict.fromkeys(tensors.keys(), _SINGLE_FILE)
+
+
+def _set(model: nn.Module, name: str, value: Tensor) -> None:
+    parent, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, nn.Parameter(value, requires_grad=False))
