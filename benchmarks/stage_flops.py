@@ -3,14 +3,16 @@
     python benchmarks/stage_flops.py [--output benchmarks/results/stage_flops.json]
 
 The model has SmolLM2-135M's shape and random weights: FLOPs depend on shapes alone. Rows have 48
-tokens, 5 of them answers, as the quick start's rows have on average. The arms are the quick
-start's four stages and a top stage of three layers, each with and without gradient checkpointing,
-computed by the code that trains; full fine-tuning is one stage with all layers, embeddings and
-the final norm.
+tokens, 5 of them answers, as the quick start's rows have on average. The arms are four stages and
+a top stage of three layers, each with and without gradient checkpointing and with and without a
+prefix cache, computed by the code that trains; full fine-tuning is one stage with all layers,
+embeddings and the final norm.
 """
 
 import argparse
+import itertools
 import json
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
@@ -22,6 +24,7 @@ from stagetune_api.training_spec import LayerRange, MethodSpec
 from stagetune_trainer.decoder import checkpoint_activations, find_decoder, freeze_prefix
 from stagetune_trainer.loss import AnswerLoss
 from stagetune_trainer.methods import make_method
+from stagetune_trainer.prefix.window import LayerWindow
 
 NUM_LAYERS = 30
 ROWS, TOKENS, ANSWERS = 4, 48, 5
@@ -38,8 +41,10 @@ NOTHING = StageEstimate(
 )
 
 
-def count_step(first: int, last: int, *, embeddings: bool, checkpointing: bool) -> int:
-    """Return the FLOPs of one forward and backward pass of a stage."""
+def count_step(
+    first: int, last: int, *, embeddings: bool, checkpointing: bool, cached: bool = False
+) -> int:
+    """Return the FLOPs of one forward and backward pass of a stage; cached, from its border up."""
     config = LlamaConfig(
         vocab_size=49152,
         hidden_size=576,
@@ -76,8 +81,13 @@ def count_step(first: int, last: int, *, embeddings: bool, checkpointing: bool) 
     input_ids = torch.randint(0, config.vocab_size, (ROWS, TOKENS))
     labels = torch.full_like(input_ids, -100)
     labels[:, -ANSWERS:] = input_ids[:, -ANSWERS:]
+    begin: AbstractContextManager[None] = nullcontext()
+    if cached:
+        states = torch.randn(ROWS, TOKENS, config.hidden_size)
+        begin = LayerWindow(decoder).above(first, states)
     with FlopCounterMode(display=False) as counter:
-        loss_sum, _ = loss(input_ids, labels)
+        with begin:
+            loss_sum, _ = loss(input_ids, labels)
         loss_sum.backward()
     return counter.get_total_flops()
 
@@ -90,11 +100,16 @@ def main() -> None:
     arms = []
     for checkpointing in (False, True):
         full = count_step(0, NUM_LAYERS - 1, embeddings=True, checkpointing=checkpointing)
-        for first, last in STAGES:
-            flops = count_step(first, last, embeddings=False, checkpointing=checkpointing)
+        for (first, last), cached in itertools.product(STAGES, (False, True)):
+            if cached and first == 0:
+                continue
+            flops = count_step(
+                first, last, embeddings=False, checkpointing=checkpointing, cached=cached
+            )
             arm = {
                 "layers": f"{first}-{last}",
                 "gradientCheckpointing": checkpointing,
+                "prefixCache": cached,
                 "stepFlops": flops,
                 "fullStepFlops": full,
                 "ratio": round(flops / full, 4),
@@ -102,6 +117,7 @@ def main() -> None:
             arms.append(arm)
             print(
                 f"layers {first:2}-{last:2}  checkpointing {checkpointing!s:5}  "
+                f"cached {cached!s:5}  "
                 f"{flops:.4g} FLOPs, {flops / full:.3f} of full fine-tuning"
             )
     output.parent.mkdir(parents=True, exist_ok=True)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from stagetune_trainer.decoder import Decoder, find_decoder
@@ -126,6 +127,25 @@ def test_the_head_is_checked_without_what_lies_below(make_tiny_model: MakeModel)
     with window.probing(2):
         loss = AnswerLoss(tail)
     assert loss.head.module is tail.head
+
+
+def test_a_step_above_a_border_costs_what_lies_above_it(make_tiny_model: MakeModel) -> None:
+    """The whole step has one forward pass of the layers below more, and nothing else."""
+    decoder = find_decoder(load(make_tiny_model("llama", num_layers=8)))
+    decoder.model.requires_grad_(False)
+    decoder.layers[7].requires_grad_(True)
+    tokens = some_tokens()
+    loss = AnswerLoss(decoder)
+    window = LayerWindow(decoder)
+    states = window.run(tokens, stop=7)
+    with FlopCounterMode(display=False) as below:
+        window.run(tokens, stop=7)
+    with FlopCounterMode(display=False) as whole:
+        loss(tokens, tokens)[0].backward()
+    with FlopCounterMode(display=False) as above, window.above(7, states):
+        loss(tokens, tokens)[0].backward()
+    assert above.get_total_flops() == whole.get_total_flops() - below.get_total_flops()
+    assert above.get_total_flops() < 0.5 * whole.get_total_flops()
 
 
 def test_layers_that_return_more_than_a_tensor_are_not_cut(make_tiny_model: MakeModel) -> None:
