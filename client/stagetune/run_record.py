@@ -42,12 +42,15 @@ def changed_fields(manifest: StagedFineTune, layout: RunLayout) -> list[Problem]
 def _comparable(manifest: StagedFineTune) -> dict[str, object]:
     """Return the spec without what may change at any time because it changes no result.
 
-    Those are how often to save, and what counts on clusters only.
+    Those are how often to save, the prefix cache, and what counts on clusters only.
     """
-    return manifest.spec.model_dump(
+    spec = manifest.spec
+    if spec.schedule is not None:
+        spec = spec.model_copy(update={"schedule": spec.schedule.without_implied()})
+    return spec.model_dump(
         mode="json",
         exclude={
-            "training": {"checkpoint_interval_seconds"},
+            "training": {"checkpoint_interval_seconds", "prefix_cache"},
             "runtime": True,
             "storage": True,
             "retry": True,

@@ -233,6 +233,14 @@ class ScheduleSpec(ApiModel):
             return self.epochs_per_stage
         return DEFAULT_EPOCHS if self._is_cut_by_default else 1.0
 
+    def without_implied(self) -> "ScheduleSpec":
+        """Return the same schedule without what would be the same if it were left out.
+
+        Older versions wrote every default down.
+        """
+        without = self.model_copy(update={"epochs_per_stage": None})
+        return without if without.epochs == self.epochs else self
+
     @property
     def _is_cut_by_default(self) -> bool:
         return self.layers_per_stage is None and self.stage_count is None

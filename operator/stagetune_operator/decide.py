@@ -270,7 +270,7 @@ def _leave_jobs_of_pending_stages(run: RunPass, before: PlanRecord) -> None:
 
 
 def _without_place(stage: PlannedStage) -> PlannedStage:
-    return stage.model_copy(update={"index": 0, "estimate": None})
+    return stage.model_copy(update={"index": 0, "estimate": None, "prefix_cache": None})
 
 
 def _prepared_facts(run: RunPass) -> Facts | None:

@@ -74,19 +74,22 @@ def estimate_stage(
         largest=largest_tensor(model, method, scope),
     )
     idle = idle_adapters(model, method, scope)
-    weights = _frozen_bytes(model, method, scope, trainable, element)
+    weights = _weight_bytes(model, method, element, start=scope.lowest_run, trainable=trainable)
     weights += 4 * sum(size for layer, size in idle.items() if layer >= scope.lowest_run)
     output = 4 if uses_adapters(method) else element
     context = DEVICE_CONTEXT_BYTES if machine.is_gpu else 0
     activations = activation_bytes(facts, method, training, scope, element, state.master)
     activations += _made_anew_bytes(model, method, element)
     flops = step_flops(facts, method, training, scope)
+    # While a cache is filled there is nothing but weights, those below the stage too.
+    filling = _weight_bytes(model, method, element, start=scope.loaded_from)
+    filling = filling if scope.prefix_cached else 0
     return StageEstimate(
         trainable_parameters=trainable,
         weights_bytes=weights,
         training_state_bytes=state.memory,
         activation_bytes=activations,
-        memory_bytes=weights + state.memory + activations + context,
+        memory_bytes=max(weights + state.memory + activations, filling) + context,
         disk_bytes=CHECKPOINTS_AT_ONCE * state.checkpoint + trainable * output,
         step_flops=flops,
         relative_step_flops=round(flops / full, 6),
@@ -127,26 +130,26 @@ def expanded(facts: Facts, method: MethodSpec, scope: StageScope) -> tuple[Facts
     layers = LayerRange(first=blocks[0], last=blocks[0] + len(blocks) - 1)
     depth = facts.model.num_layers + added_layers(facts.model, method)
     model = facts.model.model_copy(update={"num_layers": depth})
+    # Blocks are copies of layers below them, so the whole model is loaded at first.
     scope = StageScope(layers, prefix_cached=scope.prefix_cached)
     return facts.model_copy(update={"model": model}), scope
 
 
-def _frozen_bytes(
-    model: ModelFacts, method: MethodSpec, scope: StageScope, trainable: int, element: int
+def _weight_bytes(
+    model: ModelFacts, method: MethodSpec, element: int, *, start: int, trainable: int = 0
 ) -> int:
-    """Return the bytes of the weights that do not train; under QLoRA most are in NF4.
+    """Return the bytes of the weights from layer `start` up that do not train.
 
-    Below a cached prefix there are none, nor are there embeddings, unless they are the head.
+    Embeddings are there where they are the head's or `start` is 0. Under QLoRA most are in NF4.
     """
     frozen = model.parameters - (0 if uses_adapters(method) else trainable)
-    if scope.lowest_run > 0:
-        frozen -= scope.lowest_run * model.layer.parameters
+    if start > 0:
+        frozen -= start * model.layer.parameters
         frozen -= 0 if model.tied_embeddings else model.embedding_parameters
     if method.type is not MethodType.QLORA:
         return frozen * element
     shapes = model.layer.linear_shapes.values()
-    num_layers = model.num_layers - scope.lowest_run
-    in_nf4 = num_layers * sum(inputs * outputs for inputs, outputs in shapes)
+    in_nf4 = (model.num_layers - start) * sum(inputs * outputs for inputs, outputs in shapes)
     return (frozen - in_nf4) * element + math.ceil(in_nf4 * NF4_BYTES_PER_PARAMETER)
 
 

@@ -40,6 +40,7 @@ from stagetune_operator.prefix_plan import StagePasses, most_cached_bytes, plan_
 from stagetune_operator.protection_estimate import (
     ProtectedStage,
     add_protection,
+    asks_the_base,
     hidden_states_bytes,
 )
 from stagetune_operator.schedule import Draft, deal_rows, draft_stages, learning_rates
@@ -203,7 +204,11 @@ def _estimate(
     stage: StagePasses,
     cache: PrefixCachePlan | None,
 ) -> StageEstimate:
-    scope = replace(stage.scope, prefix_cached=cache is not None and cache.used)
+    scope = stage.scope
+    if cache is not None and cache.used:
+        asks_base = index == 0 or asks_the_base(spec.protection)
+        begins_at = 0 if asks_base else cache.begins_at
+        scope = replace(scope, prefix_cached=True, loaded_from=begins_at)
     return add_protection(
         estimate_stage(facts, spec.method, stage.training, scope, machine),
         spec.protection,

@@ -61,11 +61,8 @@ def digest_of_planned(spec: StagedFineTuneSpec) -> str:
     Defaults are left out, so that a field which a newer version adds is not an edit; so is a number
     of passes that would be the same if it were left out.
     """
-    schedule = spec.schedule
-    if schedule is not None:
-        without = schedule.model_copy(update={"epochs_per_stage": None})
-        if without.epochs == schedule.epochs:
-            spec = spec.model_copy(update={"schedule": without})
+    if spec.schedule is not None:
+        spec = spec.model_copy(update={"schedule": spec.schedule.without_implied()})
     decided = spec.model_dump(
         mode="json",
         include=_DECIDING,

@@ -96,7 +96,13 @@ def plan_prefix_caches(
         never = PrefixCachePlan(used=False, reason="prefixCache is Never")
         return [None if prefix is None else never for prefix in prefixes]
     room = _room(spec)
-    starts = _cheapest([_within(prefix, room) for prefix in prefixes])
+    # The lowest layer that a stage trains; a head and embeddings count as the lowest of all, since
+    # the trainer does not tell the two apart by their names.
+    trained = [
+        0 if stage.scope.embeddings or stage.scope.head or prefix is None else prefix.first
+        for stage, prefix in zip(stages, prefixes, strict=True)
+    ]
+    starts = _cheapest([_within(prefix, room) for prefix in prefixes], trained)
     return [
         None if prefix is None else _decided(prefix, start, room)
         for prefix, start in zip(prefixes, starts, strict=True)
@@ -105,12 +111,16 @@ def plan_prefix_caches(
 
 def most_cached_bytes(stages: Sequence[PlannedStage]) -> int:
     """Return the most bytes that caches take at once: two while one is carried on."""
-    sizes = [stage.prefix_cache.disk_bytes for stage in stages if stage.prefix_cache is not None]
+    caches = [stage.prefix_cache for stage in stages if stage.prefix_cache is not None]
+    sizes = [cache.disk_bytes for cache in caches if cache.used]
     return max(before + size for before, size in itertools.pairwise([0, *sizes, 0]))
 
 
-def _cheapest(prefixes: Sequence[_Prefix | None]) -> list[int | None]:
+def _cheapest(prefixes: Sequence[_Prefix | None], trained: Sequence[int]) -> list[int | None]:
     """Return the layer that each stage's cache begins at, None for no cache, for the least time.
+
+    `trained` is the lowest layer that each stage trains: what lies below a border must not have
+    changed since a cache was filled there.
 
     Stage by stage, the least time is kept for each stage whose cache may be the newest one.
     """
@@ -122,21 +132,25 @@ def _cheapest(prefixes: Sequence[_Prefix | None]) -> list[int | None]:
             without = 0.0 if prefix is None else prefix.seconds_without
             after[newest] = (seconds + without, (*starts, None))
         if prefix is not None:
-            choices = [
-                (seconds + prefix.seconds_with(start), (*starts, start))
-                for newest, (seconds, starts) in best.items()
-                for start in (_start(prefix, None if newest is None else prefixes[newest]),)
-            ]
+            choices = []
+            for newest, (seconds, starts) in best.items():
+                start = 0
+                if newest is not None:
+                    start = _start(prefix, prefixes[newest], min(trained[newest:index]))
+                choices.append((seconds + prefix.seconds_with(start), (*starts, start)))
             after[index] = min(choices, key=lambda choice: choice[0])
         best = after
     return list(min(best.values(), key=lambda choice: choice[0])[1])
 
 
-def _start(prefix: _Prefix, before: _Prefix | None) -> int:
-    """Return the layer at which the states of `prefix` begin, given the newest cache."""
-    if before is None or before.rows != prefix.rows or before.first > prefix.first:
+def _start(prefix: _Prefix, before: _Prefix | None, lowest_trained: int) -> int:
+    """Return the layer at which the states of `prefix` begin, given the newest cache.
+
+    `lowest_trained` is the lowest layer that was trained since that one was filled.
+    """
+    if before is None or before.rows != prefix.rows:
         return 0
-    return before.first
+    return before.first if before.first <= min(prefix.first, lowest_trained) else 0
 
 
 def _within(prefix: _Prefix | None, room: float | None) -> _Prefix | None:

@@ -56,6 +56,11 @@ def add_protection(
     )
 
 
+def asks_the_base(protection: ProtectionSpec | None) -> bool:
+    """Whether every stage needs the whole base model before it trains, and not the first alone."""
+    return protection is not None and has_weight(protection.anchor)
+
+
 def has_weight(part: object) -> bool:
     """Whether a part of the protection is there and counts for something."""
     return getattr(part, "weight", 0.0) > 0

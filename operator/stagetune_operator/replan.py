@@ -82,6 +82,14 @@ def _machine(spec: StagedFineTuneSpec) -> Machine:
     return Machine(is_gpu=num_gpus(spec) > 0)
 
 
+def _decided(stage: PlannedStage) -> dict[str, object]:
+    """Return what of a stage an edit must not change once it has started.
+
+    Its cache is decided together with those of later stages, which may still change.
+    """
+    return stage.model_dump(exclude={"estimate", "prefix_cache"})
+
+
 def _changed_stage(
     status: StagedFineTuneStatus, record: PlanRecord, stages: Sequence[PlannedStage]
 ) -> str | None:
@@ -89,8 +97,6 @@ def _changed_stage(
     for index, item in enumerate(status.stages):
         if item.state is StageState.PENDING:
             continue
-        old = record.plan.stages[index].model_dump(exclude={"estimate"})
-        new = stages[index].model_dump(exclude={"estimate"}) if index < len(stages) else None
-        if new != old:
+        if index >= len(stages) or _decided(stages[index]) != _decided(record.plan.stages[index]):
             return item.name
     return None

@@ -28,7 +28,10 @@ class StageScope:
     rank: int | None = None
     """Rank of its adapters; None where that of the method counts."""
     prefix_cached: bool = False
-    """Whether the hidden states below it are read, and the layers below neither run nor loaded."""
+    """Whether the hidden states below it are read, and the layers below run in no step."""
+    loaded_from: int = 0
+    """The lowest layer that is loaded at first, to fill the cache; what lies below the stage is
+    dropped before it trains."""
 
     @property
     def lowest_run(self) -> int:

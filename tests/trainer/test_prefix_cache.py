@@ -15,7 +15,8 @@ from stagetune_api import names
 from stagetune_api.names import TrainerExitCode
 from stagetune_api.report import Outcome, StageReport
 from stagetune_api.stage import StageConfig
-from stagetune_trainer import tail_model
+from stagetune_trainer import stage_model, tail_model
+from stagetune_trainer.prefix.cache import PrefixCache
 from stagetune_trainer.run import run_task
 from stagetune_trainer.tensor_file import TensorFileWriter
 
@@ -52,6 +53,9 @@ class Run:
         if code is TrainerExitCode.SUCCEEDED:
             self.reports[index:] = [report]
         return report
+
+    def set_training(self, **options: Any) -> None:
+        self._fields["training"] = {**self._fields.get("training", {}), **options}
 
     def losses(self, directory: str) -> list[dict[str, Any]]:
         """Every loss that the stage has written down, validation and meters among them."""
@@ -250,6 +254,55 @@ def test_a_disk_without_room_costs_time_and_nothing_else(
     assert digest(run.reports[1]) == digest(plain.reports[1])
     assert run.caches() == []
     assert "no room for the hidden states below layer 2" in capsys.readouterr().out
+
+
+def test_a_disk_that_is_nearly_full_keeps_its_room_for_checkpoints(
+    make_run: Callable[..., Run],
+    make_stage: MakeStage,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    run = make_run("run")
+    run.stage(0, 0, 1)
+    estimate = {**make_stage(1, 2, 3)["estimate"], "diskBytes": 600}
+    wanted = {"prefixCache": {"used": True, "reason": "a test wants it", "diskBytes": 500}}
+    usage = shutil.disk_usage(run.root)._replace(free=1000)
+    monkeypatch.setattr("stagetune_trainer.prefix.cache.shutil.disk_usage", lambda path: usage)
+    run.stage(1, 2, 3, estimate=estimate, **wanted)
+    assert run.caches() == []
+    assert "no prefix cache: it and the stage's checkpoints take" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("loads_a_tail", [True, False])
+def test_without_a_cache_the_model_is_loaded_once_more_only_where_it_has_to_be(
+    loads_a_tail: bool, make_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = make_run("run")
+    run.stage(0, 0, 0)
+    if loads_a_tail:
+        run.stage(1, 1, 1, **CACHED)
+    loaded: list[int] = []
+    load = stage_model.load_base
+
+    def spy(*args: Any, first: int) -> Any:
+        loaded.append(first)
+        return load(*args, first=first)
+
+    monkeypatch.setattr(stage_model, "load_base", spy)
+    monkeypatch.setattr(PrefixCache, "obtain", lambda *args: False)
+    index = len(run.reports)
+    run.stage(index, 3, 3, **CACHED)
+    assert loaded == ([1, 0] if loads_a_tail else [0])
+
+
+def test_a_smaller_micro_batch_reads_the_cache_that_is_there(make_run: Callable[..., Run]) -> None:
+    run = make_run("run")
+    run.stage(0, 0, 1)
+    run.stage(1, 2, 3, stop=AfterChecks(60), **SHUFFLED, **CACHED)
+    written = only_cache(run).stat().st_mtime_ns
+    run.set_training(microBatchSize=1)
+    run.stage(1, 2, 3, **SHUFFLED, **CACHED)
+    assert only_cache(run).stat().st_mtime_ns == written
 
 
 class AfterChecks:

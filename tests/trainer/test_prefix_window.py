@@ -1,13 +1,18 @@
 """A decoder cut at a border, and one with weights above it alone, compute what the whole does."""
 
+import gc
+import shutil
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
+from transformers.models.llama.modeling_llama import LlamaMLP
 
 from stagetune_trainer.decoder import Decoder, find_decoder
 from stagetune_trainer.loss import AnswerLoss
@@ -115,6 +120,55 @@ def test_a_model_whose_files_name_its_weights_otherwise_is_not_loaded_in_part(
     model = load(make_tiny_model("llama"))
     model.model.save_pretrained(tmp_path)
     assert load_tail(tmp_path, torch.float32, 2) is None
+
+
+def test_a_model_that_keeps_more_than_parameters_is_not_loaded_in_part(
+    make_tiny_model: MakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A persistent buffer is read from the files too; the tail would have that of a new model."""
+    build = LlamaMLP.__init__
+
+    def with_a_buffer(module: LlamaMLP, *args: Any, **kwargs: Any) -> None:
+        build(module, *args, **kwargs)
+        module.register_buffer("bias", torch.zeros(3))
+
+    monkeypatch.setattr(LlamaMLP, "__init__", with_a_buffer)
+    assert load_tail(make_tiny_model("llama"), torch.float32, 2) is None
+
+
+def test_a_model_with_a_type_of_its_own_for_some_weights_is_not_loaded_in_part(
+    make_tiny_model: MakeModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(LlamaForCausalLM, "_keep_in_fp32_modules_strict", ["norm"])
+    assert load_tail(make_tiny_model("llama"), torch.bfloat16, 2) is None
+
+
+def test_a_file_with_two_matrices_for_a_tied_one_is_not_loaded_in_part(
+    tmp_path: Path, make_tiny_model: MakeModel
+) -> None:
+    """transformers leaves the two apart then."""
+    directory = tmp_path / "model"
+    shutil.copytree(make_tiny_model("llama", tie_word_embeddings=True), directory)
+    assert load_tail(directory, torch.float32, 2) is not None
+    tensors = load_file(directory / "model.safetensors")
+    other = tensors["model.embed_tokens.weight"] + 1
+    save_file(
+        {**tensors, "lm_head.weight": other}, directory / "model.safetensors", {"format": "pt"}
+    )
+    assert load_tail(directory, torch.float32, 2) is None
+
+
+def test_weights_that_are_dropped_leave_the_memory(make_tiny_model: MakeModel) -> None:
+    decoder = find_decoder(load(make_tiny_model("llama", tie_word_embeddings=False)))
+    weights = [
+        weakref.ref(parameter.untyped_storage())
+        for part in (decoder.layers[0], decoder.embeddings)
+        for parameter in part.parameters()
+    ]
+    LayerWindow(decoder)
+    drop_below(decoder, 1)
+    gc.collect()
+    assert not any(weight() for weight in weights)
 
 
 def test_the_head_is_checked_without_what_lies_below(make_tiny_model: MakeModel) -> None:

@@ -9,9 +9,12 @@ import pytest
 from stagetune_api.facts import DataFacts, Facts, ModelFacts
 from stagetune_api.spec import StagedFineTuneSpec
 from stagetune_api.stage import PlannedStage, PrefixCachePlan
+from stagetune_api.status import StagedFineTuneStatus, StageState, StageStatus
 from stagetune_operator.estimate import Machine
 from stagetune_operator.model_facts import model_facts_from_config
 from stagetune_operator.plan import Plan, make_plan
+from stagetune_operator.plan_record import PlanRecord
+from stagetune_operator.replan import plan_run
 
 CPU = Machine(is_gpu=False)
 HIDDEN = 64
@@ -47,6 +50,12 @@ def plan(
     given: Facts | None = None,
     **more: Any,
 ) -> Plan:
+    found = make_plan(_spec(schedule, **more), given or facts(), machine)
+    assert isinstance(found, Plan), found
+    return found
+
+
+def _spec(schedule: dict[str, Any] | None, **more: Any) -> StagedFineTuneSpec:
     sections = {"training": {"learningRate": 1e-4, "batchSize": 10}, **more}
     body = {
         "model": {"source": "hf://org/model"},
@@ -54,9 +63,7 @@ def plan(
         **({"schedule": schedule} if schedule is not None else {}),
         **sections,
     }
-    found = make_plan(StagedFineTuneSpec.model_validate(body), given or facts(), machine)
-    assert isinstance(found, Plan), found
-    return found
+    return StagedFineTuneSpec.model_validate(body)
 
 
 def cache(stage: PlannedStage) -> PrefixCachePlan:
@@ -167,6 +174,77 @@ def test_what_does_not_pay_for_itself_may_pay_for_the_stages_above() -> None:
     first = next(item for item in used if item.used)
     assert "carries the states" in first.reason
     assert [item.used for item in used] == sorted(item.used for item in used)
+
+
+def test_filling_a_cache_needs_the_weights_below_it() -> None:
+    """The lowest cache begins with the whole model in memory, those above with less."""
+    given = facts(num_layers=60)
+    schedule = {"layersPerStage": 20, "epochsPerStage": 3}
+    explicit = [
+        {"name": "top", "layers": {"first": 59, "last": 59}, "epochs": 3},
+    ]
+    alone = plan(None, stages=explicit, given=given).stages[0]
+    above = plan({**schedule, "layersPerStage": 59}, given=given).stages[1]
+    assert cache(alone).begins_at == cache(above).begins_at == 0
+    # fp32 weights of the whole model, and no more than them.
+    assert alone.estimate.memory_bytes == above.estimate.memory_bytes
+    assert alone.estimate.memory_bytes == 4 * given.model.parameters
+    carried = plan({"layersPerStage": 1, "epochsPerStage": 3}, given=given).stages[59]
+    assert cache(carried).begins_at == 58
+    assert carried.estimate.memory_bytes < alone.estimate.memory_bytes / 2
+
+
+def test_what_trained_below_a_border_since_makes_its_states_useless() -> None:
+    """In a second pass everything below was trained again."""
+    found = plan({"stageCount": 2, "passes": 2, "epochsPerStage": 3})
+
+    assert [stage.name for stage in found.stages][3] == "layers-6-11-p2"
+    assert cache(found.stages[3]).begins_at == 0
+    assert cache(found.stages[3]).flops == cache(found.stages[1]).flops
+    head = {"stageCount": 2, "passes": 2, "epochsPerStage": 3, "head": "LastStage"}
+    assert cache(plan(head).stages[3]).begins_at == 0
+
+
+def test_a_cache_stays_while_a_stage_above_has_none() -> None:
+    """Whatever stands on the volume while the third one is filled counts."""
+    stage = {"epochs": 6.0}
+    found = plan(
+        None,
+        stages=[
+            {"name": "a", "layers": {"first": 0, "last": 3}, **stage},
+            {"name": "b", "layers": {"first": 4, "last": 5}, **stage},
+            {"name": "c", "layers": {"first": 6, "last": 7}, "dataFraction": 0.01, "epochs": 0.01},
+            {"name": "d", "layers": {"first": 8, "last": 11}, **stage},
+        ],
+    )
+    used = [stage.prefix_cache for stage in found.stages[1:] if stage.prefix_cache]
+    assert [item.used for item in used] == [True, False, True]
+    assert used[2].begins_at == 4
+    kept = sum(stage.estimate.disk_bytes for stage in found.stages)
+    assert found.summary.disk_bytes == kept + used[0].disk_bytes + used[2].disk_bytes
+
+
+def test_an_edit_of_a_later_stage_may_change_an_earlier_one_s_cache() -> None:
+    """And changes nothing else of it, so that a run which has passed it may be edited."""
+    stages = [
+        {"name": "a", "layers": {"first": 0, "last": 3}},
+        {"name": "b", "layers": {"first": 4, "last": 7}, "epochs": 0.5},
+        {"name": "c", "layers": {"first": 8, "last": 11}, "epochs": 6.0},
+    ]
+    training = {"learningRate": 1e-4, "batchSize": 10, "validationsPerEpoch": 1}
+    before = plan(None, stages=stages, training=training)
+    shorter = [*stages[:2], {**stages[2], "epochs": 0.1}]
+    after = plan(None, stages=shorter, training=training)
+    assert cache(before.stages[1]) != cache(after.stages[1])
+    spec = _spec(None, stages=shorter, training=training)
+    record = PlanRecord(plan=before, facts=facts(), spec_digest="0" * 64)
+    status = StagedFineTuneStatus(
+        stages=[
+            StageStatus(name="a", state=StageState.SUCCEEDED, layers=before.stages[0].layers),
+            StageStatus(name="b", state=StageState.SUCCEEDED, layers=before.stages[1].layers),
+        ]
+    )
+    assert isinstance(plan_run(spec, facts(), status, record), PlanRecord)
 
 
 def test_a_volume_without_room_has_no_cache() -> None:

@@ -51,7 +51,7 @@ class StageModel:
             self.prefix.close()
 
     @property
-    def lowest_layer(self) -> int:
+    def lowest_loaded(self) -> int:
         """The lowest layer that has weights."""
         return lowest_loaded(self.decoder)
 
@@ -85,25 +85,28 @@ class StageModelLoader:
         first = self.method.lowest_layer(self.stage)
         wants_cache = self.stage.prefix_cache is not None and self.stage.prefix_cache.used
         cache = self._cache(outputs) if first > 0 and wants_cache else None
-        if cache is not None:
-            found = self._with_cache(cache, outputs, first)
-            if found is not None:
-                return found
-        decoder = self._decoder(outputs, first=0)
+        below = cache.highest_sound(first) if cache is not None else 0
+        in_part = below > 0 and self.method.can_be_loaded_in_part and self.protection.is_complete()
+        decoder = self._decoder(outputs, first=below if in_part else 0)
         window = LayerWindow(decoder)
-        prefix = None
-        if first > 0 and self.numerics.device.type == "cpu" and _can_be_cut(decoder, window, first):
+        prefix: PrefixStates | None = None
+        if cache is not None:
+            prefix = self._cached(cache, window, decoder, first, below)
+        if prefix is None and lowest_loaded(decoder) > 0:
+            # Layers of a window refer to it and it to them: without a word they stay in memory.
+            del decoder, window
+            gc.collect()
+            decoder = self._decoder(outputs, first=0)
+            window = LayerWindow(decoder)
+        on_cpu = self.numerics.device.type == "cpu"
+        if prefix is None and first > 0 and on_cpu and _can_be_cut(decoder, window, first):
             prefix = ComputedStates(window, first, self.numerics)
         return StageModel(decoder=decoder, window=window, prefix=prefix, first=first)
 
-    def _with_cache(
-        self, cache: PrefixCache, outputs: list[StageOutput], first: int
-    ) -> StageModel | None:
-        """Return the model above its cache; None where there can be no cache."""
-        below = cache.highest_sound(first)
-        in_part = self.method.can_be_loaded_in_part and self.protection.is_complete()
-        decoder = self._decoder(outputs, first=below if in_part else 0)
-        window = LayerWindow(decoder)
+    def _cached(
+        self, cache: PrefixCache, window: LayerWindow, decoder: Decoder, first: int, below: int
+    ) -> CachedStates | None:
+        """Return the states on the volume, and give the memory below them back; None for none."""
         if below < first:
             if not _can_be_cut(decoder, window, first):
                 self.log.message(
@@ -112,11 +115,10 @@ class StageModelLoader:
                 return None
             if not cache.obtain(window, first, below):
                 return None
+        cache.remove_others(first)
         drop_below(decoder, first)
         gc.collect()
-        return StageModel(
-            decoder=decoder, window=window, prefix=cache.states(window, first), first=first
-        )
+        return cache.states(window, first)
 
     def _decoder(self, outputs: list[StageOutput], *, first: int) -> Decoder:
         config = self.config

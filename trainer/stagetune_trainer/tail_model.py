@@ -6,7 +6,7 @@ and their name, and their parameters have a shape and no numbers.
 
 import json
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from stagetune_trainer.decoder import Decoder, find_decoder
+from stagetune_trainer.methods.nf4 import Nf4Linear
 
 META = torch.device("meta")
 _INDEX_FILE = "model.safetensors.index.json"
@@ -26,8 +27,10 @@ _SINGLE_FILE = "model.safetensors"
 def load_tail(directory: Path, dtype: torch.dtype, first: int) -> PreTrainedModel | None:
     """Return the model in `directory` with weights from layer `first` up, in `dtype`.
 
-    The embeddings have theirs too where they are the head's. None where the files do not name the
-    weights as the model does: transformers converts such ones while it loads the whole.
+    The embeddings have theirs too where they are the head's. None for a model that this would not
+    load as transformers loads the whole: one whose files name weights otherwise, that keeps more
+    than parameters in them, holds some in fp32 whatever is asked for, or has a file with both of
+    two tied matrices.
     """
     config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     with _parameters_on_meta():
@@ -41,7 +44,7 @@ def load_tail(directory: Path, dtype: torch.dtype, first: int) -> PreTrainedMode
         if id(parameter) not in below
     }
     places = _places(directory)
-    if not wanted.keys() <= places.keys():
+    if not wanted.keys() <= places.keys() or _needs_more(model, places):
         return None
     by_file: defaultdict[str, list[str]] = defaultdict(list)
     for name in wanted:
@@ -54,6 +57,18 @@ def load_tail(directory: Path, dtype: torch.dtype, first: int) -> PreTrainedMode
     model.tie_weights()
     model.train(False)
     return model
+
+
+def _needs_more(model: PreTrainedModel, places: Mapping[str, str]) -> bool:
+    """Whether loading the model takes more than putting parameters into their places."""
+    by_name = dict(model.named_parameters(remove_duplicate=False))
+    if model.state_dict().keys() - by_name.keys():
+        return True
+    strict = ("_keep_in_fp32_modules", "_keep_in_fp32_modules_strict")
+    if any(getattr(model, name, None) for name in strict):
+        return True
+    in_files = [id(parameter) for name, parameter in by_name.items() if name in places]
+    return len(in_files) != len(set(in_files))
 
 
 def parameters_below(decoder: Decoder, first: int) -> Iterator[Tensor]:
@@ -71,6 +86,9 @@ def drop_below(decoder: Decoder, first: int) -> None:
         modules.append(decoder.embeddings)
     for module in modules:
         module.to(META)
+        for part in module.modules():
+            if isinstance(part, Nf4Linear):
+                part.forget()
 
 
 def move_weights(model: nn.Module, device: torch.device) -> None:

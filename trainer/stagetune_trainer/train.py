@@ -52,7 +52,7 @@ def train_stage(
     ).load()
     decoder = model.decoder
     # Both look at how the decoder computes; below the cache it cannot.
-    with model.window.probing(model.lowest_layer):
+    with model.window.probing(model.lowest_loaded):
         loss = AnswerLoss(decoder, model.prefix)
         state = _open_stage(model, method, config, stage)
     folder.resume(state)

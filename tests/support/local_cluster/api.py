@@ -82,8 +82,13 @@ class Cluster:
     def delete(self, name: str) -> None:
         """Delete an object, if it is there, and wait until it is gone."""
         self.kubectl("delete", name, "--ignore-not-found", "--wait=false")
+
+        def is_gone() -> bool:
+            found = self.try_kubectl("get", name, "--ignore-not-found", "-o=name")
+            return found.returncode == 0 and not found.stdout
+
         wait_until(
-            lambda: not self.kubectl("get", name, "--ignore-not-found", "-o=name"),
+            is_gone,
             what=f"end of {name}",
             seconds=DELETE_SECONDS,
         )

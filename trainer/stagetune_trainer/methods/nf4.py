@@ -58,6 +58,10 @@ class Nf4Linear(nn.Linear):
         weight: Tensor = nf4_functions().dequantize_4bit(self.packed, self._scales)
         return weight.view(self.out_features, self.in_features)
 
+    def forget(self) -> None:
+        """Give the memory of the scales back; the module computes nothing from then on."""
+        self._scales = None
+
     def forward(self, input: Tensor) -> Tensor:
         """Return [..., outputs] of `input` [..., inputs], in the number format of the base."""
         output: Tensor = _Product.apply(input, self)

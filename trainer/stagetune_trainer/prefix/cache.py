@@ -7,13 +7,14 @@ cache is verified before it is used and computed anew where anything is wrong wi
 """
 
 import errno
+import importlib.metadata
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-import transformers
 from torch import Tensor
 
 from stagetune_api.artifact import ArtifactKind, digest_of_json
@@ -31,6 +32,8 @@ from stagetune_trainer.tensor_file import RowTensors, TensorFileWriter, row_offs
 
 _NAME = "prefix-{}"
 _FULL_DISK = {errno.ENOSPC, errno.EDQUOT}
+_PACKAGES = ("torch", "transformers", "peft", "bitsandbytes")
+_SECONDS_BETWEEN_MESSAGES = 30.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,10 +83,12 @@ class PrefixCache:
     def obtain(self, window: LayerWindow, first: int, below: int) -> bool:
         """Put the states at border `first` onto the volume, from those at border `below`.
 
-        From the tokens where `below` is 0. Other borders' states are removed then. False where the
-        disk has no room for them. Raises what `before_batch` raises, FencedError, OSError.
+        From the tokens where `below` is 0. False where the disk has no room for them and for what
+        the stage saves. Raises what `before_batch` raises, FencedError, OSError.
         """
-        earlier = self._states(window, below) if below else None
+        if not self._has_room():
+            return False
+        earlier = self.states(window, below) if below else None
 
         def write(directory: Path) -> None:
             for split, wanted in self._rows.items():
@@ -102,14 +107,17 @@ class PrefixCache:
         finally:
             if earlier is not None:
                 earlier.close()
-        self._remove_others(first)
         return True
 
-    def states(self, window: LayerWindow, first: int) -> CachedStates:
-        """Return the states at border `first` as batches want them; after `obtain`."""
-        return self._states(window, first)
+    def remove_others(self, first: int) -> None:
+        """Remove the states at every border but `first`."""
+        for border in self._borders():
+            if border != first:
+                self._fence.check()
+                shutil.rmtree(self._directory / _NAME.format(border), ignore_errors=True)
 
-    def _states(self, window: LayerWindow, border: int) -> CachedStates:
+    def states(self, window: LayerWindow, border: int) -> CachedStates:
+        """Return the states at `border` as batches want them; where they are there."""
         directory = self._directory / _NAME.format(border)
         files = {split: RowTensors(directory / _file(split)) for split in self._rows}
         return CachedStates(window, border, files, self._numerics.device)
@@ -151,8 +159,16 @@ class PrefixCache:
         earlier: CachedStates | None,
     ) -> Iterator[tuple[tuple[int, ...], Tensor]]:
         """Yield rows and their states [B, T, hidden] at border `first`."""
+        said, done = time.monotonic(), 0
         for part in wanted.batches(self._at_once):
             self._before_batch()
+            if time.monotonic() - said > _SECONDS_BETWEEN_MESSAGES:
+                said = time.monotonic()
+                self._log.message(
+                    f"hidden states below layer {first}: {done} of {len(wanted.indices)} rows "
+                    f"({split.value})"
+                )
+            done += len(part)
             batch = collate([wanted.rows[row] for row in part], rows=part, split=split)
             tokens = batch.input_ids.to(self._numerics.device)
             with self._numerics.autocast():
@@ -163,6 +179,20 @@ class PrefixCache:
                     states = window.run(tokens, start=earlier.first, states=given, stop=first)
             yield part, states
 
+    def _has_room(self) -> bool:
+        """Whether the disk holds the states beside what the stage saves; said where it does not."""
+        stage = self._config.stage
+        if stage is None or stage.prefix_cache is None:
+            return True
+        needed = stage.prefix_cache.disk_bytes + stage.estimate.disk_bytes
+        free = shutil.disk_usage(self._directory).free
+        if free < needed:
+            self._log.message(
+                f"no prefix cache: it and the stage's checkpoints take {needed / 2**30:.1f} GiB, "
+                f"and {free / 2**30:.1f} GiB are free"
+            )
+        return free >= needed
+
     def _reference(self, border: int) -> Reference:
         settings = {
             "border": border,
@@ -172,11 +202,9 @@ class PrefixCache:
                 split.value: digest_of_json(sorted(wanted.indices))
                 for split, wanted in self._rows.items()
             },
-            "rowsAtOnce": self._at_once,
             "device": self._numerics.device.type,
-            # The layers' own code, and the kernels.
-            "transformers": transformers.__version__,
-            "torch": torch.__version__,
+            # The layers' own code, the kernels, and what computes adapters and 4 bits.
+            "packages": {name: _version(name) for name in _PACKAGES},
         }
         name, kind = _NAME.format(border), ArtifactKind.HIDDEN_STATES
         return Reference(name=name, kind=kind, settings=settings)
@@ -186,11 +214,12 @@ class PrefixCache:
         names = [path.name.removeprefix(prefix) for path in self._directory.glob(f"{prefix}*")]
         return [int(name) for name in names if name.isdigit()]
 
-    def _remove_others(self, first: int) -> None:
-        for border in self._borders():
-            if border != first:
-                self._fence.check()
-                shutil.rmtree(self._directory / _NAME.format(border), ignore_errors=True)
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _file(split: Split) -> str:

@@ -34,7 +34,7 @@ class PrefixStates(Protocol):
 
 
 class ComputedStates:
-    """States that are computed for every batch anew."""
+    """States that are computed for every batch anew, row by row: on a CPU."""
 
     def __init__(self, window: LayerWindow, first: int, numerics: Numerics) -> None:
         self.window = window
@@ -43,8 +43,6 @@ class ComputedStates:
 
     def of(self, batch: Batch) -> Tensor:
         """Return the hidden states of `batch`."""
-        if self._numerics.device.type != "cpu":
-            return self._run(batch.input_ids)
         rows = [
             self._run(batch.input_ids[index : index + 1, :length])[0]
             for index, length in enumerate(batch.lengths)
