@@ -178,7 +178,7 @@ ARMS = (
         edits={"schedule.stageCount": 2, "schedule.openTop": 0},
         rates=(1e-4, 2e-4),
         passes=(1, 1.5),
-        repeated=((1e-4, 1), (1e-4, 1.5), (2e-4, 1.5)),
+        repeated=((1e-4, 1), (2e-4, 1), (1e-4, 1.5), (2e-4, 1.5)),
     ),
     Arm(
         name="default",
