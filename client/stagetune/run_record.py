@@ -46,7 +46,9 @@ def _comparable(manifest: StagedFineTune) -> dict[str, object]:
     """
     spec = manifest.spec
     if spec.schedule is not None:
-        spec = spec.model_copy(update={"schedule": spec.schedule.without_implied()})
+        # Left out or given, the same number of passes is the same.
+        passes = {"epochs_per_stage": spec.schedule.epochs}
+        spec = spec.model_copy(update={"schedule": spec.schedule.model_copy(update=passes)})
     return spec.model_dump(
         mode="json",
         exclude={
