@@ -16,7 +16,7 @@ LearningRate = Annotated[float, Field(gt=0, le=1)]
 Weight = Annotated[float, Field(ge=0, le=1000)]
 DEFAULT_STAGE_COUNT = 2
 """Stages of a schedule that says nothing of their number; docs/quality.md has the reason."""
-DEFAULT_EPOCHS = 1.5
+DEFAULT_EPOCHS = 1.25
 """Passes of each of these stages."""
 
 
@@ -199,7 +199,7 @@ class ScheduleSpec(ApiModel):
     """embeddings says whether the stage with the bottommost layers also trains the input
     embeddings."""
     epochs_per_stage: Annotated[float, Field(gt=0, le=1000)] | None = None
-    """epochsPerStage is the number of passes a stage makes over its rows. Left out, it is 1; 1.5
+    """epochsPerStage is the number of passes a stage makes over its rows. Left out, it is 1; 1.25
     where neither `layersPerStage` nor `stageCount` is given."""
     data_fraction: Annotated[float, Field(gt=0, le=1)] | None = None
     """dataFraction of the training rows that a stage sees. Left out: all of them when

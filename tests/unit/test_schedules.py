@@ -96,13 +96,13 @@ def names_of(found: Plan) -> list[str]:
 
 
 @pytest.mark.parametrize("schedule", [None, {}, {"order": "TopDown"}])
-def test_without_a_word_there_are_two_stages_of_one_and_a_half_passes(
+def test_without_a_word_there_are_two_stages_of_one_and_a_quarter_passes(
     schedule: dict[str, Any] | None,
 ) -> None:
     found = plan(schedule, given=facts(30))
 
     assert sorted(layers_of(found)) == [[(0, 14)], [(15, 29)]]
-    assert {stage.epochs for stage in found.stages} == {1.5}
+    assert {stage.epochs for stage in found.stages} == {1.25}
 
 
 @pytest.mark.parametrize(
