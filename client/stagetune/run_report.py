@@ -52,6 +52,8 @@ class StageSummary(ApiModel):
     """trainSeconds in training steps."""
     tokens_per_second: float
     """tokensPerSecond in training steps."""
+    padding_fraction: float | None = None
+    """paddingFraction of the positions computed in training steps."""
     peak_memory_bytes: int
     """peakMemoryBytes of the process, or of the GPU where there is one."""
     initial_validation_loss: float
@@ -158,6 +160,7 @@ def _summarise(plan: Plan, index: int, report: StageReport) -> StageSummary:
         seconds=report.seconds,
         train_seconds=train.train_seconds,
         tokens_per_second=train.tokens_per_second,
+        padding_fraction=train.padding_fraction,
         peak_memory_bytes=report.peak_memory_bytes,
         initial_validation_loss=train.initial_validation_loss,
         validation_loss=train.validation_loss,

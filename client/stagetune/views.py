@@ -201,7 +201,15 @@ def _stages_table(report: RunReport) -> Table:
     table.add_column("stage")
     has_general = any(stage.general_loss is not None for stage in report.stages)
     meters = ["KL to base", *(["general loss"] if has_general else [])]
-    for name in ("steps", "validation loss", *meters, "seconds", "tokens/s", "peak memory"):
+    for name in (
+        "steps",
+        "validation loss",
+        *meters,
+        "seconds",
+        "tokens/s",
+        "padding",
+        "peak memory",
+    ):
         table.add_column(name, justify="right")
     for stage in report.stages:
         table.add_row(
@@ -212,6 +220,7 @@ def _stages_table(report: RunReport) -> Table:
             *([_score(stage.general_loss)] if has_general else []),
             f"{stage.seconds:.0f}",
             f"{stage.tokens_per_second:.0f}",
+            "–" if stage.padding_fraction is None else f"{100 * stage.padding_fraction:.0f} %",
             format_bytes(stage.peak_memory_bytes),
         )
     return table

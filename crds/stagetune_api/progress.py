@@ -58,6 +58,8 @@ class Progress(ApiModel):
     """tokens that went through the stage so far, padding left out."""
     tokens_per_second: float | None = None
     """tokensPerSecond of the step."""
+    padding_fraction: float | None = None
+    """paddingFraction is the part of the step's positions that held padding and no token."""
     step_seconds: float | None = None
     """stepSeconds that the step took, from its first row to the optimizer's update."""
     eta_seconds: float | None = None

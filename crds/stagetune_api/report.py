@@ -99,6 +99,9 @@ class TrainResult(ApiModel):
     """tokensPerSecond of training, padding and validation left out."""
     train_seconds: float
     """trainSeconds spent in training steps, over all attempts."""
+    padding_fraction: float | None = None
+    """paddingFraction is the part of the positions computed in training steps that held padding and
+    no token."""
     initial_general_loss: float | None = None
     """initialGeneralLoss is the base model's loss on general text, measured by the first stage."""
     general_loss: float | None = None

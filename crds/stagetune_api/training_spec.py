@@ -340,6 +340,10 @@ class TrainingSpec(ApiModel):
     micro_batch_size: Annotated[int, Field(ge=1, le=65536)] = 1
     """microBatchSize is the number of rows computed at once; gradients of a batch are accumulated
     over its micro-batches. It must divide `batchSize`."""
+    group_by_length: bool = False
+    """groupByLength makes batches of rows of like length, so that less padding is computed; how
+    much there is, is measured (`paddingFraction`). Which rows share a batch is then no longer by
+    chance alone."""
     max_grad_norm: Annotated[float, Field(gt=0, le=1000000)] = 1.0
     """maxGradNorm is the norm to which the stage's gradients are clipped."""
     weight_decay: Annotated[float, Field(ge=0, le=10)] = 0.0

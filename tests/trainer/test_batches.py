@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,8 @@ import torch
 
 from stagetune_api.stage import PlannedStage, RowRange, StageEstimate
 from stagetune_api.training_spec import LayerRange
-from stagetune_trainer.data.batches import FixedRows, TrainingRows, collate, permutation
+from stagetune_trainer.data.batches import FixedRows, TrainingRows, collate
+from stagetune_trainer.data.order import permutation
 from stagetune_trainer.data.store import RowReader, RowWriter, Split, StoredRow
 
 
@@ -59,9 +61,10 @@ def _stage(start: int, end: int, index: int = 0) -> PlannedStage:
 
 
 def _training_rows(
-    rows: RowReader, stage: PlannedStage, *, seed: int = 7, batch_size: int = 8
+    rows: RowReader, stage: PlannedStage, *, seed: int = 7, batch_size: int = 8, **options: Any
 ) -> TrainingRows:
-    return TrainingRows(rows, stage=stage, seed=seed, batch_size=batch_size, micro_batch_size=3)
+    sizes = {"batch_size": batch_size, "micro_batch_size": 3}
+    return TrainingRows(rows, stage=stage, seed=seed, **sizes, **options)
 
 
 def test_stored_rows_come_back_by_index(rows: RowReader) -> None:
@@ -139,12 +142,68 @@ def test_rows_of_like_length_are_batched_together(rows: RowReader) -> None:
     assert padded < 1.1 * tokens
 
 
+def test_batches_by_length_hold_every_row_once_in_an_epoch(rows: RowReader) -> None:
+    grouped = _training_rows(rows, _stage(0, 203), group_by_length=True)
+    plain = _training_rows(rows, _stage(0, 203))
+    assert grouped.steps_per_epoch == plain.steps_per_epoch == 26
+    for epoch in range(2):
+        steps = range(26 * epoch, 26 * epoch + 26)
+        batches = [grouped.batch_indices(step) for step in steps]
+        assert sorted(map(len, batches)) == [3] + [8] * 25
+        seen = sorted(index for batch in batches for index in batch)
+        assert seen == sorted(plain.all_indices())
+
+
+def test_batches_by_length_have_little_padding_and_no_order_of_lengths(rows: RowReader) -> None:
+    grouped = _training_rows(rows, _stage(0, 600), group_by_length=True)
+    plain = _training_rows(rows, _stage(0, 600))
+    spreads = []
+    for training in (plain, grouped):
+        lengths = [rows.lengths[training.batch_indices(step)] for step in range(75)]
+        spreads.append(np.mean([batch.max() - batch.min() for batch in lengths]))
+    assert spreads[1] < spreads[0] / 4
+    padding = [
+        sum(
+            batch.num_padding_tokens for step in range(75) for batch in training.micro_batches(step)
+        )
+        for training in (plain, grouped)
+    ]
+    assert padding[1] < padding[0] / 2
+    means = [rows.lengths[grouped.batch_indices(step)].mean() for step in range(75)]
+    assert abs(np.corrcoef(means, range(75))[0, 1]) < 0.3
+
+
+def test_batches_by_length_follow_from_seed_stage_and_step_alone(rows: RowReader) -> None:
+    def batches(**options: Any) -> list[list[int]]:
+        stage = _stage(0, 100, index=options.pop("index", 0))
+        training = _training_rows(rows, stage, group_by_length=True, **options)
+        return [training.batch_indices(step) for step in (25, 3, 14, 13)]
+
+    assert batches() == batches()
+    assert batches() != batches(seed=8)
+    assert batches() != batches(index=1)
+    again = _training_rows(rows, _stage(0, 100), group_by_length=True)
+    assert again.batch_indices(3) == batches()[1]
+    assert sorted(again.batch_indices(0)) != sorted(again.batch_indices(13))
+
+
+def test_small_data_is_still_shuffled_between_batches_by_length(rows: RowReader) -> None:
+    # With one window an epoch every epoch would have the same batches.
+    training = _training_rows(rows, _stage(0, 64), group_by_length=True)
+    epochs = [
+        {frozenset(training.batch_indices(step)) for step in range(8 * epoch, 8 * epoch + 8)}
+        for epoch in range(2)
+    ]
+    assert not epochs[0] & epochs[1]
+
+
 def test_collated_rows_are_padded_on_the_right() -> None:
     batch = collate([_row(3), _row(1)])
     assert batch.input_ids.tolist() == [[3, 3, 3, 3, 3], [1, 1, 1, 0, 0]]
     assert batch.labels.tolist() == [[-100, -100, 3, 3, 3], [-100, 1, 1, -100, -100]]
     assert batch.input_ids.dtype == batch.labels.dtype == torch.int64
     assert batch.num_tokens == 8
+    assert batch.num_padding_tokens == 2
     assert batch.num_answer_tokens == 5
 
 

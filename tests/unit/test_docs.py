@@ -194,6 +194,7 @@ def line_with_everything(kind: ProgressKind) -> Progress:
         grad_norm=1.0,
         tokens=1,
         tokens_per_second=1.0,
+        padding_fraction=0.0,
         step_seconds=1.0,
         peak_memory_bytes=1,
         checkpoint=CheckpointRef(path="x", digest="y", step=1),

@@ -103,9 +103,11 @@ def train(loop: StageLoop, state: TrainingState) -> None:
 
         seconds = time.monotonic() - started
         tokens = sum(batch.num_tokens for batch in batches)
+        padding = sum(batch.num_padding_tokens for batch in batches)
         progress.step += 1
         progress.loss = loss
         progress.tokens += tokens
+        progress.padding_tokens += padding
         progress.train_seconds += seconds
         loop.log.write(
             ProgressKind.STEP,
@@ -117,6 +119,7 @@ def train(loop: StageLoop, state: TrainingState) -> None:
             grad_norm=grad_norm,
             tokens=progress.tokens,
             tokens_per_second=tokens / seconds,
+            padding_fraction=padding / (tokens + padding),
             step_seconds=seconds,
             eta_seconds=progress.train_seconds / progress.step * (stage.steps - progress.step),
             peak_memory_bytes=peak_memory_bytes(loop.numerics.device),

@@ -40,6 +40,7 @@ _GAUGES = {
     "step": "Optimizer steps that are done.",
     "planned_steps": "Optimizer steps of the stage's plan.",
     "tokens_per_second": "Tokens of the last step by its seconds, padding left out.",
+    "padding_fraction": "Part of the last step's positions that held padding and no token.",
     "peak_memory_bytes": "Most memory held so far: of the GPU, else of the process.",
     "checkpoint_step": "Step of the last checkpoint that was published.",
     "checkpoint_timestamp_seconds": "Unix time at which this process last published a checkpoint.",

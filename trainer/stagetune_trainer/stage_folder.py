@@ -48,9 +48,11 @@ def settings_digest(config: StageConfig) -> str:
     stage = config.stage
     if stage is None:
         raise ValueError("only a Train task has settings")
-    training = config.training.model_dump(
-        mode="json", exclude={"checkpoint_interval_seconds", "micro_batch_size", "prefix_cache"}
-    )
+    left_out = {"checkpoint_interval_seconds", "micro_batch_size", "prefix_cache"}
+    if not config.training.group_by_length:
+        # Checkpoints of versions that did not know it say nothing of it.
+        left_out.add("group_by_length")
+    training = config.training.model_dump(mode="json", exclude=left_out)
     return digest_of_json(
         {
             "method": config.method.model_dump(mode="json"),

@@ -153,4 +153,6 @@ def _result(state: TrainingState, stage: PlannedStage) -> TrainResult:
         tokens=progress.tokens,
         tokens_per_second=progress.tokens / max(progress.train_seconds, 1e-9),
         train_seconds=progress.train_seconds,
+        padding_fraction=progress.padding_tokens
+        / max(progress.tokens + progress.padding_tokens, 1),
     )

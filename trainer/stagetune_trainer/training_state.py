@@ -26,6 +26,8 @@ class LoopState:
     """Optimizer steps that are done."""
     tokens: int = 0
     """Tokens that were trained on, padding left out."""
+    padding_tokens: int = 0
+    """Positions that were computed beside them and held padding."""
     train_seconds: float = 0.0
     """Seconds spent in training steps, over all attempts."""
     elapsed_seconds: float = 0.0

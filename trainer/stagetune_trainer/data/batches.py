@@ -16,30 +16,13 @@ from torch import Tensor
 from stagetune_api import names
 from stagetune_api.artifact import ArtifactKind, verify_artifact
 from stagetune_api.stage import PlannedStage, StageConfig
+from stagetune_trainer.data.order import Purpose, batches_by_length, cut, permutation
 from stagetune_trainer.data.store import DATA_DIRECTORY, RowReader, Split, StoredRow, rows_path
 from stagetune_trainer.data.template import IGNORED
 
 _PAD = 0
 """Token id of padding. Any id will do: causal attention keeps what stands on the right of a token
 away from it, and padding has no labels."""
-
-
-class Purpose:
-    """What a permutation is for, so that equal seeds give unrelated orders."""
-
-    VALIDATION_SPLIT = 1
-    TRAINING_ORDER = 2
-    EPOCH = 3
-    REPLAY = 4
-    GENERATED_TEXT = 5
-
-
-def permutation(count: int, *key: int) -> NDArray[np.int64]:
-    """Return the numbers below `count` in the order that `key` (numbers below 2**32) gives.
-
-    numpy promises the stream of RandomState for ever, and that of its newer generators not.
-    """
-    return np.random.RandomState(list(key)).permutation(count).astype(np.int64)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +46,11 @@ class Batch:
     """Where each row stands in the rows that it was taken from."""
     split: Split = Split.TRAIN
     """What the rows are for, and so which file `rows` are places in."""
+
+    @property
+    def num_padding_tokens(self) -> int:
+        """Positions that are computed and hold no token."""
+        return self.input_ids.numel() - self.num_tokens
 
     @property
     def is_replay(self) -> bool:
@@ -111,6 +99,7 @@ class TrainingRows:
         seed: int,
         batch_size: int,
         micro_batch_size: int,
+        group_by_length: bool = False,
     ) -> None:
         """Take the stage's part of `rows`: its range of the training set's one shuffled order.
 
@@ -123,14 +112,16 @@ class TrainingRows:
         order = permutation(len(rows), seed, Purpose.TRAINING_ORDER)
         self._rows = rows
         self._indices = order[stage.rows.start : stage.rows.end]
-        self._key = (seed, Purpose.EPOCH, stage.index)
+        self._seed = seed
+        self._stage_index = stage.index
         self._batch_size = batch_size
         self._micro_batch_size = micro_batch_size
-        self._epoch: tuple[int, NDArray[np.int64]] | None = None
+        self._group_by_length = group_by_length
+        self._epoch: tuple[int, list[NDArray[np.int64]]] | None = None
 
     @property
     def steps_per_epoch(self) -> int:
-        """Steps of one pass; the last one may have fewer rows, so that no row is dropped."""
+        """Steps of one pass; one of them may have fewer rows, so that no row is dropped."""
         return -(-len(self._indices) // self._batch_size)
 
     def all_indices(self) -> list[int]:
@@ -141,10 +132,8 @@ class TrainingRows:
         """Return the rows of step `step`, from 0, as positions in the training set."""
         epoch, position = divmod(step, self.steps_per_epoch)
         if self._epoch is None or self._epoch[0] != epoch:
-            shuffled = self._indices[permutation(len(self._indices), *self._key, epoch)]
-            self._epoch = (epoch, shuffled)
-        start = position * self._batch_size
-        return [int(index) for index in self._epoch[1][start : start + self._batch_size]]
+            self._epoch = (epoch, self._batches_of(epoch))
+        return [int(index) for index in self._epoch[1][position]]
 
     def micro_batches(self, step: int) -> list[Batch]:
         """Return the micro-batches of step `step`, rows of like length together.
@@ -156,6 +145,15 @@ class TrainingRows:
             collate([self._rows[index] for index in part], rows=part)
             for part in _parts(indices, self._micro_batch_size)
         ]
+
+    def _batches_of(self, epoch: int) -> list[NDArray[np.int64]]:
+        key = (self._stage_index, epoch)
+        order = permutation(len(self._indices), self._seed, Purpose.EPOCH, *key)
+        shuffled = self._indices[order]
+        if not self._group_by_length:
+            return cut(shuffled, self._batch_size)
+        batches_key = (self._seed, Purpose.BATCHES, *key)
+        return batches_by_length(shuffled, self._rows.lengths, self._batch_size, key=batches_key)
 
 
 class FixedRows:
@@ -193,6 +191,7 @@ def open_training_rows(config: StageConfig, stage: PlannedStage) -> TrainingRows
         seed=config.training.seed,
         batch_size=config.training.batch_size,
         micro_batch_size=config.training.micro_batch_size,
+        group_by_length=config.training.group_by_length,
     )
 
 

@@ -17,8 +17,8 @@ from stagetune_api.artifact import digest_of_file
 from stagetune_api.problems import ProblemReason
 from stagetune_api.stage import StageConfig
 from stagetune_api.training_spec import GeneratedTextSpec
-from stagetune_trainer.data.batches import Purpose
 from stagetune_trainer.data.general import list_text_files, read_general_rows
+from stagetune_trainer.data.order import Purpose
 from stagetune_trainer.data.store import StoredRow
 from stagetune_trainer.data.template import IGNORED
 from stagetune_trainer.model import Numerics, choose_numerics, load_base

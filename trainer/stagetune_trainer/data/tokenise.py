@@ -15,10 +15,10 @@ from transformers import PreTrainedTokenizerBase
 
 from stagetune_api.problems import ProblemReason
 from stagetune_api.spec import DatasetSpec, TooLongPolicy
-from stagetune_trainer.data.batches import Purpose, permutation
 from stagetune_trainer.data.formats import BadRowError, read_turns
 from stagetune_trainer.data.general import read_general_rows
 from stagetune_trainer.data.mapping import ColumnMapping, find_mapping
+from stagetune_trainer.data.order import Purpose, permutation
 from stagetune_trainer.data.replay_text import ReplayText
 from stagetune_trainer.data.report import (
     DataReport,

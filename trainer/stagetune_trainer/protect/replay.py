@@ -14,12 +14,11 @@ from stagetune_api.stage import PlannedStage, StageConfig
 from stagetune_api.training_spec import ReplaySpec
 from stagetune_trainer.data.batches import (
     Batch,
-    Purpose,
     TrainingRows,
     collate,
     open_split,
-    permutation,
 )
+from stagetune_trainer.data.order import Purpose, permutation
 from stagetune_trainer.data.store import RowReader, Split
 from stagetune_trainer.protect.teacher import batches_of
 
