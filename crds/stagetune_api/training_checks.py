@@ -121,6 +121,12 @@ def _check_training(spec: StagedFineTuneSpec) -> Iterator[Problem]:
             f"{training.micro_batch_size} does not divide batchSize {training.batch_size}; "
             "use a divisor",
         )
+    if training.packing and training.group_by_length:
+        yield conflict(
+            "spec.training.groupByLength",
+            "packing leaves no padding that batches of rows of like length would save; remove one "
+            "of the two",
+        )
 
 
 def _check_optimizer_in_backward(spec: StagedFineTuneSpec) -> Iterator[Problem]:

@@ -122,6 +122,12 @@ TRAINING_RULES = (
         ".training.microBatchSize",
     ),
     Rule(
+        "spec.training",
+        "!self.packing || !self.groupByLength",
+        "packing leaves no padding that groupByLength would save; remove one of the two",
+        ".groupByLength",
+    ),
+    Rule(
         "spec.protection.replay",
         "has(self.source) != has(self.generated)",
         "give exactly one of replay.source and replay.generated",

@@ -344,6 +344,11 @@ class TrainingSpec(ApiModel):
     """groupByLength makes batches of rows of like length, so that less padding is computed; how
     much there is, is measured (`paddingFraction`). Which rows share a batch is then no longer by
     chance alone."""
+    packing: bool = False
+    """packing puts several rows of a batch into one sequence, as long as the longest row of the
+    data at most, so that next to no padding is computed. Rows do not see each other, and a batch
+    has the same rows and the same gradient within rounding. `microBatchSize` then counts sequences.
+    """
     max_grad_norm: Annotated[float, Field(gt=0, le=1000000)] = 1.0
     """maxGradNorm is the norm to which the stage's gradients are clipped."""
     weight_decay: Annotated[float, Field(ge=0, le=10)] = 0.0

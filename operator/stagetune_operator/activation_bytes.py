@@ -80,6 +80,9 @@ def activation_bytes(
     rank = scope.rank or (method.lora or LoraSpec()).rank
     trained = layer_activation_bytes(model, trained=True, element=element, row_tokens=row)
     trained += element * rank * len(adapted_shapes(model, method))
+    # Every layer keeps the mask between the rows of a sequence as numbers that it adds to scores.
+    mask = element * row if training.packing else 0
+    trained += mask
     last_norm = model.hidden_size * (4 + element)
     copy = _working_copy_bytes(model, method, scope) if element < master else 0
     loss = _loss_bytes(model, data, tokens, master if scope.head else element)
@@ -87,7 +90,7 @@ def activation_bytes(
     if training.gradient_checkpointing is GradientCheckpointing.ALWAYS:
         borders = (model.num_layers - scope.layers.first) * model.hidden_size * element
         return tokens * (borders + last_norm) + max(tokens * trained + copy, loss)
-    frozen = layer_activation_bytes(model, trained=False, element=element, row_tokens=row)
+    frozen = layer_activation_bytes(model, trained=False, element=element, row_tokens=row) + mask
     suffix = model.num_layers - scope.layers.first - scope.count
     kept = scope.count * trained + suffix * frozen + last_norm
     return tokens * kept + scope.count * copy + loss

@@ -33,7 +33,9 @@ def step_flops(facts: Facts, method: MethodSpec, training: TrainingSpec, scope: 
     tokens = training.batch_size * row_tokens
     answers = training.batch_size * data.train_answer_tokens / data.train_rows
     matrices = 2 * sum(inputs * outputs for inputs, outputs in model.layer.linear_shapes.values())
-    attention = 4 * model.num_attention_heads * model.head_dim * row_tokens
+    # Packed sequences are as long as the longest row, or shorter.
+    sequence_tokens = data.max_row_tokens if training.packing else row_tokens
+    attention = 4 * model.num_attention_heads * model.head_dim * sequence_tokens
     above = model.num_layers - scope.layers.first
     weight_gradients = 0 if uses_adapters(method) else scope.count
     run = model.num_layers - scope.lowest_run

@@ -409,6 +409,13 @@ CASES = {
             "spec.training.microBatchSize",
         ),
     ],
+    "packing leaves no padding": [
+        Case(
+            {"spec.training.packing": True, "spec.training.groupByLength": True},
+            {"spec.training.packing": True, "spec.training.groupByLength": False},
+            "spec.training.groupByLength",
+        ),
+    ],
     "optimizerInBackward needs a batch of one micro-batch": [
         Case(
             {"spec.training.optimizerInBackward": True, "spec.training.microBatchSize": 8},

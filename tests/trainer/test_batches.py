@@ -12,7 +12,8 @@ import torch
 
 from stagetune_api.stage import PlannedStage, RowRange, StageEstimate
 from stagetune_api.training_spec import LayerRange
-from stagetune_trainer.data.batches import FixedRows, TrainingRows, collate
+from stagetune_trainer.data.batch import collate
+from stagetune_trainer.data.batches import FixedRows, TrainingRows
 from stagetune_trainer.data.order import permutation
 from stagetune_trainer.data.store import RowReader, RowWriter, Split, StoredRow
 

@@ -15,7 +15,8 @@ from stagetune_api.facts import GradientFacts
 from stagetune_api.names import TERMINATION_MESSAGE_MAX_BYTES, TrainerExitCode
 from stagetune_api.report import StageReport
 from stagetune_api.stage import StageConfig
-from stagetune_trainer.data.batches import Batch, open_profile_batches
+from stagetune_trainer.data.batch import Batch
+from stagetune_trainer.data.batches import open_profile_batches
 from stagetune_trainer.decoder import Decoder, checkpoint_activations, find_decoder
 from stagetune_trainer.gradient_profile import PROFILE_FILE, relative_gradient_norms
 from stagetune_trainer.model import Numerics

@@ -14,15 +14,10 @@ from torch.nn import functional
 from stagetune_api.stage import PlannedStage, StageConfig
 from stagetune_api.training_spec import LayerRange, ReplaySpec
 from stagetune_trainer.checkpoint import Fence
-from stagetune_trainer.data.batches import (
-    IGNORED,
-    Batch,
-    TrainingRows,
-    collate,
-    open_split,
-    open_training_rows,
-)
+from stagetune_trainer.data.batch import Batch, collate
+from stagetune_trainer.data.batches import TrainingRows, open_split, open_training_rows
 from stagetune_trainer.data.store import RowReader, Split
+from stagetune_trainer.data.template import IGNORED
 from stagetune_trainer.decoder import Decoder, checkpoint_activations, freeze_prefix
 from stagetune_trainer.loss import AnswerLoss
 from stagetune_trainer.metrics import ProgressLog

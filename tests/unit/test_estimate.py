@@ -311,8 +311,11 @@ def test_a_layer_keeps_what_was_measured(model: ModelFacts, trained: int, frozen
         assert fp32 == 2 * bf16
 
 
-def _kept_bytes_per_token(model_type: str, *, trained: bool) -> float:
-    """Return what autograd keeps of one bf16 layer with fp32 masters and repeated keys."""
+def _kept_bytes_per_token(model_type: str, *, trained: bool, masks: bool = False) -> float:
+    """Return what autograd keeps of one bf16 layer with fp32 masters and repeated keys.
+
+    Either of the mask, with `masks`, or of all else.
+    """
     config = _tiny_config(model_type)
     model = AutoModelForCausalLM.from_config(config).to(torch.bfloat16)
     layer = model.model.layers[0].requires_grad_(trained)
@@ -331,7 +334,7 @@ def _kept_bytes_per_token(model_type: str, *, trained: bool) -> float:
         # Weights and their bf16 copies have no dimension of tokens; the mask has two.
         is_activation = length in tensor.shape or tensor.shape[0] == rows * length
         is_mask = tensor.shape[-2:] == mask.shape[-2:]
-        if is_activation and not is_mask and storage.data_ptr() not in of_all_layers:
+        if is_activation and is_mask is masks and storage.data_ptr() not in of_all_layers:
             kept[storage.data_ptr()] = (storage.nbytes(), tensor)
         return tensor
 
@@ -352,6 +355,34 @@ def test_what_a_layer_keeps_is_near_what_autograd_keeps(model_type: str, trained
 
     kept = _kept_bytes_per_token(model_type, trained=trained)
     assert 0.98 * kept <= estimated <= 1.3 * kept
+
+
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_layer_keeps_the_mask_between_packed_rows_as_numbers(trained: bool) -> None:
+    assert _kept_bytes_per_token("llama", trained=trained, masks=True) == 2 * 120
+
+    facts = _facts(QWEN, row_tokens=2048, answer_share=0.01)
+    for checkpointing, layers in (("Never", 20), ("Always", 1)):
+        plain, packed = (
+            _estimate(facts, _scope(8, 12), training=_training(checkpointing, packing=packing))
+            for packing in (False, True)
+        )
+        assert packed.activation_bytes - plain.activation_bytes == layers * 2048 * 2 * 2048
+
+
+def test_attention_over_packed_rows_is_counted_as_over_the_longest_row() -> None:
+    facts = _facts(QWEN, row_tokens=100)
+    longest = facts.data.model_copy(update={"max_row_tokens": 2048})
+    uneven = facts.model_copy(update={"data": longest})
+
+    plain, packed = (
+        step_flops(uneven, FULL, _training("Never", packing=packing), _scope(0, 28))
+        for packing in (False, True)
+    )
+
+    # Forward and twice that backward, in each layer, for every token.
+    heads = QWEN.num_attention_heads * QWEN.head_dim
+    assert packed - plain == 16 * 100 * 28 * 3 * 4 * heads * (2048 - 100)
 
 
 def test_without_checkpointing_every_layer_above_the_prefix_is_kept() -> None:

@@ -22,8 +22,8 @@ from stagetune_api.report import (
 from stagetune_api.stage import StageConfig, Task
 from stagetune_trainer.assemble import assemble, assemble_for_averaging, load_base_for_export
 from stagetune_trainer.averaging import alpha_of, choose_alpha
+from stagetune_trainer.data.batch import Batch
 from stagetune_trainer.data.batches import (
-    Batch,
     ValidationQuestion,
     open_general_rows,
     open_validation_questions,

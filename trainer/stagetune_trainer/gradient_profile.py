@@ -25,7 +25,8 @@ from stagetune_api.files import write_file_atomically
 from stagetune_api.problems import ProblemReason
 from stagetune_api.stage import StageConfig
 from stagetune_api.training_spec import GradientCheckpointing
-from stagetune_trainer.data.batches import Batch, open_profile_batches
+from stagetune_trainer.data.batch import Batch
+from stagetune_trainer.data.batches import open_profile_batches
 from stagetune_trainer.decoder import Decoder, checkpoint_activations, freeze_prefix
 from stagetune_trainer.errors import UserError
 from stagetune_trainer.loss import AnswerLoss

@@ -18,7 +18,7 @@ from stagetune_api.progress import ProgressKind
 from stagetune_api.report import StopReason
 from stagetune_api.stage import PlannedStage
 from stagetune_api.training_spec import EarlyStoppingSpec, LearningRateSchedule, TrainingSpec
-from stagetune_trainer.data.batches import Batch
+from stagetune_trainer.data.batch import Batch
 from stagetune_trainer.errors import DivergedError, InterruptedRunError
 from stagetune_trainer.loss import AnswerLoss
 from stagetune_trainer.metrics import ProgressLog, peak_memory_bytes

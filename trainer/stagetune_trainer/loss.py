@@ -5,12 +5,13 @@ Everything else a row holds (template, question, padding) costs no head computat
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from stagetune_trainer.data.batches import Batch
+from stagetune_trainer.data.batch import Batch
 from stagetune_trainer.decoder import Decoder
 from stagetune_trainer.prefix.states import PrefixStates
 
@@ -97,27 +98,31 @@ class AnswerLoss:
         model.train(was_training)
         return torch.allclose(found.float(), expected.float(), rtol=1e-5, atol=1e-6)
 
-    def _hidden_states(self, input_ids: Tensor) -> Tensor:
+    def _hidden_states(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
         """Return what the head sees, [B, T, hidden], for token ids [B, T].
 
         Rows are padded on the right, so causal attention alone keeps padding away from real tokens
-        and no mask is needed; without one the fastest attention kernels apply.
+        and no mask is needed; without one the fastest attention kernels apply. Where positions
+        begin anew inside of a sequence, transformers makes the mask that keeps its rows apart.
         """
-        output = self.decoder.backbone(input_ids=input_ids, use_cache=False)
+        output = self.decoder.backbone(input_ids=input_ids, **_inputs(position_ids))
         hidden: Tensor = output.last_hidden_state
         return hidden
 
-    def features(self, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    def features(
+        self, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Return features [N, ...] of the positions before answer tokens, and those tokens [N].
 
-        `input_ids` and `labels` are [B, T] int64; a label stands at the position of its own token.
+        All are [B, T] int64; a label stands at the position of its own token, and `position_ids`
+        are given where rows share a sequence.
         """
         targets = labels[:, 1:]
         labelled = targets != IGNORED
         if self.head.module is None:
-            features = self.decoder.model(input_ids=input_ids, use_cache=False).logits
+            features = self.decoder.model(input_ids=input_ids, **_inputs(position_ids)).logits
         else:
-            features = self._hidden_states(input_ids)
+            features = self._hidden_states(input_ids, position_ids)
         return features[:, :-1][labelled], targets[labelled]
 
     def features_of(
@@ -141,7 +146,16 @@ class AnswerLoss:
         features, targets = self.features_of(batch)
         return self.head.cross_entropy_sum(features, targets), len(targets)
 
-    def __call__(self, input_ids: Tensor, labels: Tensor) -> tuple[Tensor, int]:
+    def __call__(
+        self, input_ids: Tensor, labels: Tensor, position_ids: Tensor | None = None
+    ) -> tuple[Tensor, int]:
         """Return the same for token ids and labels [B, T], through the whole decoder."""
-        features, targets = self.features(input_ids, labels)
+        features, targets = self.features(input_ids, labels, position_ids)
         return self.head.cross_entropy_sum(features, targets), len(targets)
+
+
+def _inputs(position_ids: Tensor | None) -> dict[str, Any]:
+    """Return what a model is given beside token ids."""
+    # Without positions it counts them itself, and makes no mask.
+    packed = {} if position_ids is None else {"position_ids": position_ids}
+    return {"use_cache": False, **packed}

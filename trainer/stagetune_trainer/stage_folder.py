@@ -42,13 +42,14 @@ def settings_digest(config: StageConfig) -> str:
     """Return the digest of all that decides a stage's numbers.
 
     Estimates, how often to save and the prefix cache are left out: they change no bit of the
-    result. So is the size of a micro-batch: every split of a batch gives the same gradient within
-    rounding, and a stage that ran out of memory goes on from its checkpoint with a smaller one.
+    result. So are the size of a micro-batch and packing: every split of a batch gives the same
+    gradient within rounding, and a stage that ran out of memory goes on from its checkpoint with a
+    smaller one.
     """
     stage = config.stage
     if stage is None:
         raise ValueError("only a Train task has settings")
-    left_out = {"checkpoint_interval_seconds", "micro_batch_size", "prefix_cache"}
+    left_out = {"checkpoint_interval_seconds", "micro_batch_size", "packing", "prefix_cache"}
     if not config.training.group_by_length:
         # Checkpoints of versions that did not know it say nothing of it.
         left_out.add("group_by_length")

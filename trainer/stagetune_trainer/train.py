@@ -16,6 +16,7 @@ from stagetune_trainer.methods.adapters import keep_earlier_adapters_still
 from stagetune_trainer.metrics import ProgressLog, peak_memory_bytes
 from stagetune_trainer.model import choose_numerics
 from stagetune_trainer.optimizers import choose_master_dtype, make_optimizer
+from stagetune_trainer.packing_check import check_packing
 from stagetune_trainer.protect.meters import Meters
 from stagetune_trainer.protect.protection import Protection
 from stagetune_trainer.stage_folder import StageFolder
@@ -51,6 +52,8 @@ def train_stage(
         stop=stop,
     ).load()
     decoder = model.decoder
+    if config.training.packing:
+        check_packing(decoder, model.window, model.lowest_loaded)
     # Both look at how the decoder computes; below the cache it cannot.
     with model.window.probing(model.lowest_loaded):
         loss = AnswerLoss(decoder, model.prefix)

@@ -1,4 +1,4 @@
-"""Which rows a step sees, and those rows as tensors.
+"""Which rows a step sees, in which micro-batches.
 
 Comes after `prepare` and before `loop`. The rows of step n follow from the seed, the stage and n
 alone, so a resumed stage sees what the unbroken one would have seen, without replaying anything.
@@ -9,83 +9,49 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from stagetune_api import names
 from stagetune_api.artifact import ArtifactKind, verify_artifact
 from stagetune_api.stage import PlannedStage, StageConfig
+from stagetune_trainer.data.batch import Batch, collate
 from stagetune_trainer.data.order import Purpose, batches_by_length, cut, permutation
-from stagetune_trainer.data.store import DATA_DIRECTORY, RowReader, Split, StoredRow, rows_path
-from stagetune_trainer.data.template import IGNORED
-
-_PAD = 0
-"""Token id of padding. Any id will do: causal attention keeps what stands on the right of a token
-away from it, and padding has no labels."""
+from stagetune_trainer.data.packing import pack
+from stagetune_trainer.data.store import DATA_DIRECTORY, RowReader, Split, rows_path
 
 
-@dataclass(frozen=True, kw_only=True)
-class Batch:
-    """Rows of one forward pass, padded on the right to the longest of them.
+def micro_batches(
+    rows: RowReader,
+    indices: Sequence[int],
+    *,
+    size: int,
+    packing: bool = False,
+    split: Split = Split.TRAIN,
+) -> list[Batch]:
+    """Return the rows of a step in micro-batches of `size` sequences, the longest ones first.
 
-    There is no attention mask, and none is needed: a causal model's real tokens never see what is
-    on their right, and positions count from the left.
+    A sequence holds one row, or with `packing` several, up to the length of the longest of all
+    `rows`. How a step is split changes padding and rounding, and not its gradient.
     """
-
-    input_ids: Tensor
-    """Token ids [B, T], int64."""
-    labels: Tensor
-    """Token ids [B, T], int64, where they are learned, -100 elsewhere; each stands at the position
-    of its own token."""
-    num_tokens: int
-    """Tokens, padding left out."""
-    lengths: tuple[int, ...] = ()
-    """Tokens of each row, padding left out."""
-    rows: tuple[int, ...] = ()
-    """Where each row stands in the rows that it was taken from."""
-    split: Split = Split.TRAIN
-    """What the rows are for, and so which file `rows` are places in."""
-
-    @property
-    def num_padding_tokens(self) -> int:
-        """Positions that are computed and hold no token."""
-        return self.input_ids.numel() - self.num_tokens
-
-    @property
-    def is_replay(self) -> bool:
-        """Whether it is other text that is mixed into training."""
-        return self.split is Split.REPLAY
-
-    @property
-    def num_answer_tokens(self) -> int:
-        """Labels that a loss is computed for; the first position is predicted by nothing."""
-        return int((self.labels[:, 1:] != IGNORED).sum())
-
-    def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return `input_ids` and `labels` on `device`."""
-        return self.input_ids.to(device), self.labels.to(device)
-
-
-def collate(
-    stored: Sequence[StoredRow], *, rows: Sequence[int] = (), split: Split = Split.TRAIN
-) -> Batch:
-    """Return `stored` as one batch; `rows` are their places in what they were taken from."""
-    lengths = [len(row.input_ids) for row in stored]
-    shape = (len(stored), max(lengths))
-    input_ids = torch.full(shape, _PAD, dtype=torch.int64)
-    labels = torch.full(shape, IGNORED, dtype=torch.int64)
-    for index, (row, length) in enumerate(zip(stored, lengths, strict=True)):
-        input_ids[index, :length] = torch.from_numpy(np.array(row.input_ids, dtype=np.int64))
-        labels[index, :length] = torch.from_numpy(np.array(row.labels, dtype=np.int64))
-    return Batch(
-        input_ids=input_ids,
-        labels=labels,
-        num_tokens=sum(lengths),
-        lengths=tuple(lengths),
-        rows=tuple(rows),
-        split=split,
-    )
+    ordered = _longest_first(rows, indices)
+    sequences: Sequence[Sequence[int]] = [[index] for index in ordered]
+    if packing:
+        lengths = [int(rows.lengths[index]) for index in ordered]
+        packed = pack(lengths, capacity=int(rows.lengths.max()), at_once=size)
+        sequences = [[ordered[place] for place in sequence] for sequence in packed]
+    batches = []
+    for start in range(0, len(sequences), size):
+        part = sequences[start : start + size]
+        chosen = [index for sequence in part for index in sequence]
+        batches.append(
+            collate(
+                [rows[index] for index in chosen],
+                counts=[len(sequence) for sequence in part],
+                rows=chosen,
+                split=split,
+            )
+        )
+    return batches
 
 
 class TrainingRows:
@@ -100,6 +66,7 @@ class TrainingRows:
         batch_size: int,
         micro_batch_size: int,
         group_by_length: bool = False,
+        packing: bool = False,
     ) -> None:
         """Take the stage's part of `rows`: its range of the training set's one shuffled order.
 
@@ -117,6 +84,7 @@ class TrainingRows:
         self._batch_size = batch_size
         self._micro_batch_size = micro_batch_size
         self._group_by_length = group_by_length
+        self._packing = packing
         self._epoch: tuple[int, list[NDArray[np.int64]]] | None = None
 
     @property
@@ -136,15 +104,10 @@ class TrainingRows:
         return [int(index) for index in self._epoch[1][position]]
 
     def micro_batches(self, step: int) -> list[Batch]:
-        """Return the micro-batches of step `step`, rows of like length together.
-
-        How a batch is split changes padding and rounding, and not its gradient.
-        """
-        indices = _longest_first(self._rows, self.batch_indices(step))
-        return [
-            collate([self._rows[index] for index in part], rows=part)
-            for part in _parts(indices, self._micro_batch_size)
-        ]
+        """Return the micro-batches of step `step`."""
+        indices = self.batch_indices(step)
+        size = self._micro_batch_size
+        return micro_batches(self._rows, indices, size=size, packing=self._packing)
 
     def _batches_of(self, epoch: int) -> list[NDArray[np.int64]]:
         key = (self._stage_index, epoch)
@@ -192,6 +155,7 @@ def open_training_rows(config: StageConfig, stage: PlannedStage) -> TrainingRows
         batch_size=config.training.batch_size,
         micro_batch_size=config.training.micro_batch_size,
         group_by_length=config.training.group_by_length,
+        packing=config.training.packing,
     )
 
 
@@ -204,9 +168,9 @@ def open_profile_batches(config: StageConfig, batches: int) -> list[Batch]:
     order = permutation(len(rows), config.training.seed, Purpose.TRAINING_ORDER)
     size = config.training.batch_size
     return [
-        collate([rows[index] for index in part])
+        micro_batch
         for batch in _parts([int(index) for index in order[: batches * size]], size)
-        for part in _parts(_longest_first(rows, batch), config.training.micro_batch_size)
+        for micro_batch in micro_batches(rows, batch, size=config.training.micro_batch_size)
     ]
 
 

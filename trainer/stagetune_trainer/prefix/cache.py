@@ -20,7 +20,7 @@ from torch import Tensor
 from stagetune_api.artifact import ArtifactKind, digest_of_json
 from stagetune_api.stage import StageConfig
 from stagetune_trainer.checkpoint import Fence
-from stagetune_trainer.data.batches import collate
+from stagetune_trainer.data.batch import collate
 from stagetune_trainer.data.store import RowReader, Split
 from stagetune_trainer.metrics import ProgressLog
 from stagetune_trainer.model import Numerics, StageOutput

@@ -12,7 +12,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from stagetune_trainer.data.batches import Batch
+from stagetune_trainer.data.batch import Batch
 from stagetune_trainer.data.store import Split
 from stagetune_trainer.model import Numerics
 from stagetune_trainer.prefix.window import LayerWindow
@@ -44,8 +44,8 @@ class ComputedStates:
     def of(self, batch: Batch) -> Tensor:
         """Return the hidden states of `batch`."""
         rows = [
-            self._run(batch.input_ids[index : index + 1, :length])[0]
-            for index, length in enumerate(batch.lengths)
+            self._run(batch.input_ids[sequence : sequence + 1, span])[0]
+            for sequence, span in batch.spans()
         ]
         return padded(rows, batch)
 
@@ -87,6 +87,6 @@ def rows_at_once(device: torch.device, micro_batch_size: int) -> int:
 def padded(rows: list[Tensor], batch: Batch) -> Tensor:
     """Return states of rows, each [length, hidden], as [B, T, hidden] with zeros at padding."""
     states = rows[0].new_zeros(*batch.input_ids.shape, rows[0].shape[-1])
-    for index, row in enumerate(rows):
-        states[index, : len(row)] = row
+    for row, (sequence, span) in zip(rows, batch.spans(), strict=True):
+        states[sequence, span] = row
     return states

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from stagetune_api import names
 from stagetune_api.artifact import ArtifactKind
-from stagetune_trainer.data.batches import Batch, collate
+from stagetune_trainer.data.batch import Batch, collate
 from stagetune_trainer.data.store import RowReader
 from stagetune_trainer.decoder import Decoder
 from stagetune_trainer.model import Numerics
@@ -81,9 +81,7 @@ class Anchor:
         An fp32 scalar; padding does not count.
         """
         hidden = self._tap.taken()
-        lengths = torch.tensor(batch.lengths, device=hidden.device)
-        is_token = torch.arange(hidden.shape[1], device=hidden.device) < lengths.unsqueeze(1)
-        found = hidden[is_token].float()
+        found = hidden[batch.is_token(hidden.device)].float()
         expected = self._tensors.rows("hidden", batch.rows).to(hidden.device).float()
         size = expected.square().sum(dim=-1).clamp_min(torch.finfo(torch.float32).tiny)
         return ((found - expected).square().sum(dim=-1) / size).sum()

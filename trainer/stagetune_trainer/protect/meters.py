@@ -10,12 +10,8 @@ from dataclasses import dataclass
 import torch
 
 from stagetune_api.stage import StageConfig
-from stagetune_trainer.data.batches import (
-    Batch,
-    FixedRows,
-    open_general_rows,
-    open_validation_rows,
-)
+from stagetune_trainer.data.batch import Batch
+from stagetune_trainer.data.batches import FixedRows, open_general_rows, open_validation_rows
 from stagetune_trainer.loss import AnswerLoss
 from stagetune_trainer.model import Numerics
 from stagetune_trainer.protect.distillation import answer_sums

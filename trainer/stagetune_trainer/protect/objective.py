@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 from torch import Tensor
 
-from stagetune_trainer.data.batches import Batch
+from stagetune_trainer.data.batch import Batch
 from stagetune_trainer.loss import AnswerLoss
 from stagetune_trainer.protect.anchor import Anchor
 from stagetune_trainer.protect.distillation import answer_sums

@@ -13,12 +13,8 @@ from stagetune_api import names
 from stagetune_api.stage import PlannedStage, StageConfig
 from stagetune_api.training_spec import MethodType
 from stagetune_trainer.checkpoint import Fence, remove_drafts
-from stagetune_trainer.data.batches import (
-    Batch,
-    TrainingRows,
-    open_split,
-    open_training_rows,
-)
+from stagetune_trainer.data.batch import Batch
+from stagetune_trainer.data.batches import TrainingRows, open_split, open_training_rows
 from stagetune_trainer.data.store import Split
 from stagetune_trainer.decoder import Decoder
 from stagetune_trainer.errors import InterruptedRunError

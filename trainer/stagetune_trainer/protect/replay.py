@@ -12,28 +12,30 @@ from numpy.typing import NDArray
 
 from stagetune_api.stage import PlannedStage, StageConfig
 from stagetune_api.training_spec import ReplaySpec
-from stagetune_trainer.data.batches import (
-    Batch,
-    TrainingRows,
-    collate,
-    open_split,
-)
+from stagetune_trainer.data.batch import Batch
+from stagetune_trainer.data.batches import TrainingRows, micro_batches, open_split
 from stagetune_trainer.data.order import Purpose, permutation
 from stagetune_trainer.data.store import RowReader, Split
-from stagetune_trainer.protect.teacher import batches_of
 
 
 class ReplayRows:
     """The replayed rows in the order in which a stage sees them, pass after pass."""
 
     def __init__(
-        self, rows: RowReader, *, key: Sequence[int], per_step: int, micro_batch_size: int
+        self,
+        rows: RowReader,
+        *,
+        key: Sequence[int],
+        per_step: int,
+        micro_batch_size: int,
+        packing: bool = False,
     ) -> None:
         """`key` (numbers below 2**32) decides the order of the rows."""
         self._rows = rows
         self._key = (*key, Purpose.REPLAY)
         self._per_step = per_step
         self._micro_batch_size = micro_batch_size
+        self._packing = packing
         self._pass: tuple[int, NDArray[np.int64]] | None = None
 
     def step_indices(self, step: int) -> list[int]:
@@ -42,15 +44,15 @@ class ReplayRows:
         return [self._row_at(position) for position in range(first, first + self._per_step)]
 
     def micro_batches(self, step: int) -> list[Batch]:
-        """Return the micro-batches of step `step`, rows of like length together."""
+        """Return the micro-batches of step `step`."""
         # A row may come twice where there are fewer than a step takes.
-        counted: list[tuple[int, ...]] = batches_of(
-            self._rows, self.step_indices(step), self._micro_batch_size
+        return micro_batches(
+            self._rows,
+            self.step_indices(step),
+            size=self._micro_batch_size,
+            packing=self._packing,
+            split=Split.REPLAY,
         )
-        return [
-            collate([self._rows[row] for row in part], rows=part, split=Split.REPLAY)
-            for part in counted
-        ]
 
     def _row_at(self, position: int) -> int:
         number, place = divmod(position, len(self._rows))
@@ -79,4 +81,5 @@ def open_replay_rows(config: StageConfig, stage: PlannedStage, spec: ReplaySpec)
         # The file's sizes are the stage's own, or smaller ones after a lack of memory.
         per_step=spec.rows_per_step(config.training.batch_size),
         micro_batch_size=config.training.micro_batch_size,
+        packing=config.training.packing,
     )

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from stagetune_api import names
 from stagetune_api.artifact import ArtifactKind
-from stagetune_trainer.data.batches import Batch, collate
+from stagetune_trainer.data.batch import Batch, collate
 from stagetune_trainer.data.store import RowReader
 from stagetune_trainer.data.template import IGNORED
 from stagetune_trainer.loss import AnswerLoss
