@@ -13,6 +13,7 @@ import torch
 from stagetune_api import names
 from stagetune_api.stage import PlannedStage, StageConfig
 from stagetune_trainer.checkpoint import Fence
+from stagetune_trainer.data.batch import Batch
 from stagetune_trainer.data.batches import open_split, open_training_rows
 from stagetune_trainer.data.store import Split
 from stagetune_trainer.decoder import Decoder
@@ -44,6 +45,12 @@ class StageModel:
     """What the stage's passes begin with; None where they run through the whole decoder."""
     first: int
     """The lowest layer that anything of the stage trains in."""
+
+    def read_ahead(self, batch: Batch) -> Batch:
+        """Return `batch` with all that can be done for its pass beforehand, in another thread."""
+        if self.prefix is not None:
+            batch = self.prefix.read_ahead(batch)
+        return batch.pinned() if self.decoder.device.type == "cuda" else batch
 
     def close(self) -> None:
         """Let go of the files on the volume."""

@@ -7,6 +7,7 @@ from stagetune_api.report import CheckpointRef, Outcome, StageReport, TrainResul
 from stagetune_api.stage import PlannedStage, StageConfig, Task
 from stagetune_api.training_spec import GradientCheckpointing
 from stagetune_trainer.checkpoint import Fence
+from stagetune_trainer.data.ahead import BatchesAhead
 from stagetune_trainer.data.batches import open_training_rows, open_validation_rows
 from stagetune_trainer.decoder import checkpoint_activations, freeze_prefix
 from stagetune_trainer.loop import StageLoop, StopRequest, train
@@ -59,6 +60,10 @@ def train_stage(
         loss = AnswerLoss(decoder, model.prefix)
         state = _open_stage(model, method, config, stage)
     folder.resume(state)
+    micro_batches = protection.micro_batches(open_training_rows(config, stage))
+    ahead = BatchesAhead(
+        lambda step: [model.read_ahead(batch) for batch in micro_batches(step)], steps=stage.steps
+    )
     loop = StageLoop(
         stage=stage,
         training=config.training,
@@ -66,7 +71,7 @@ def train_stage(
         loss=loss,
         objective=protection.objective(loss),
         update=make_update(config.training, state.parameters, state.optimizer),
-        micro_batches=protection.micro_batches(open_training_rows(config, stage)),
+        micro_batches=ahead.of,
         validation_batches=open_validation_rows(config).batches,
         save=folder.save,
         stop=stop,
@@ -75,7 +80,8 @@ def train_stage(
     meters = protection.meters(loss)
     clock.loaded()
     _measure_base(meters, state, stage, log)
-    train(loop, state)
+    with ahead:
+        train(loop, state)
     measured = _measure(meters, state, log)
     trained = {name: value.detach().cpu() for name, value in state.parameters.items()}
     manifest = folder.publish_output(method.output(decoder, trained), state.loop.step)

@@ -4,7 +4,7 @@ A sequence of a batch holds one row, or several that are packed one behind the o
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -45,6 +45,8 @@ class Batch:
     """Where each row stands in the rows that it was taken from."""
     split: Split = Split.TRAIN
     """What the rows are for, and so which file `rows` are places in."""
+    states: Tensor | None = None
+    """Hidden states [B, T, hidden] that the pass begins with, where they were read ahead."""
 
     @property
     def num_padding_tokens(self) -> int:
@@ -76,8 +78,25 @@ class Batch:
 
     def on(self, device: torch.device) -> tuple[Tensor, Tensor, Tensor | None]:
         """Return `input_ids`, `labels` and `position_ids` on `device`."""
-        positions = None if self.position_ids is None else self.position_ids.to(device)
-        return self.input_ids.to(device), self.labels.to(device), positions
+        positions = self.position_ids
+        if positions is not None:
+            positions = positions.to(device, non_blocking=True)
+        tokens = self.input_ids.to(device, non_blocking=True)
+        return tokens, self.labels.to(device, non_blocking=True), positions
+
+    def pinned(self) -> "Batch":
+        """Return the same in page-locked memory: a copy to a GPU then waits for nothing."""
+
+        def pin(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.pin_memory()
+
+        return replace(
+            self,
+            input_ids=self.input_ids.pin_memory(),
+            labels=self.labels.pin_memory(),
+            position_ids=pin(self.position_ids),
+            states=pin(self.states),
+        )
 
 
 def collate(

@@ -7,6 +7,7 @@ one row at a time would leave most of it idle, they differ by that rounding.
 """
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Protocol
 
 import torch
@@ -32,6 +33,9 @@ class PrefixStates(Protocol):
     def of(self, batch: Batch) -> Tensor:
         """Return the hidden states [B, T, hidden] of `batch`, on the device; zeros at padding."""
 
+    def read_ahead(self, batch: Batch) -> Batch:
+        """Return `batch` with those of its states that only have to be read; in any thread."""
+
 
 class ComputedStates:
     """States that are computed for every batch anew, row by row: on a CPU."""
@@ -48,6 +52,10 @@ class ComputedStates:
             for sequence, span in batch.spans()
         ]
         return padded(rows, batch)
+
+    def read_ahead(self, batch: Batch) -> Batch:
+        """Return `batch`: there is nothing to be read."""
+        return batch
 
     def _run(self, input_ids: Tensor) -> Tensor:
         with self._numerics.autocast():
@@ -75,8 +83,16 @@ class CachedStates:
 
     def of(self, batch: Batch) -> Tensor:
         """Return the hidden states of `batch`."""
+        states = self._read(batch) if batch.states is None else batch.states
+        return states.to(self._device, non_blocking=True)
+
+    def read_ahead(self, batch: Batch) -> Batch:
+        """Return `batch` with its states."""
+        return replace(batch, states=self._read(batch))
+
+    def _read(self, batch: Batch) -> Tensor:
         states = self._files[batch.split].rows(HIDDEN, batch.rows)
-        return padded(list(torch.split(states, list(batch.lengths))), batch).to(self._device)
+        return padded(list(torch.split(states, list(batch.lengths))), batch)
 
 
 def rows_at_once(device: torch.device, micro_batch_size: int) -> int:
