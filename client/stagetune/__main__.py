@@ -26,7 +26,9 @@ from stagetune.trainer_process import trainer_is_installed
 from stagetune.views import print_model, print_plan, print_problems, print_report, print_status
 from stagetune_api.names import ExitCode, RunLayout
 from stagetune_api.problems import InvalidManifestError
-from stagetune_api.spec_checks import Runner, check_runner
+from stagetune_api.spec_checks import Runner, check_runner, num_gpus
+from stagetune_api.stage import plan_engine
+from stagetune_operator.estimate import Machine
 from stagetune_operator.plan import make_plan
 
 _OUTPUTS = ("text", "json", "yaml")
@@ -97,7 +99,9 @@ def plan(options: argparse.Namespace, out: Console, err: Console) -> int:
         answer_tokens_per_row=options.answer_tokens_per_row,
     )
     found = facts_for_plan(file, _run_directory(options, file), given)
-    result = make_plan(file.manifest.spec, found.facts)
+    runtime = file.manifest.spec.runtime
+    engine = plan_engine(runtime, num_gpus=num_gpus(file.manifest.spec))
+    result = make_plan(file.manifest.spec, found.facts, Machine(engine=engine))
     if isinstance(result, list):
         raise InvalidManifestError(result)
     if options.output != "text":

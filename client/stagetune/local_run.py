@@ -31,9 +31,17 @@ from stagetune_api.names import RunLayout, StageLayout, TrainerExitCode
 from stagetune_api.problems import InvalidManifestError
 from stagetune_api.progress import Progress
 from stagetune_api.report import Failure, FailureClass, StageReport
-from stagetune_api.spec import StagedFineTuneSpec
+from stagetune_api.spec import RuntimeSpec, StagedFineTuneSpec
 from stagetune_api.spec_checks import Runner, check_runner
-from stagetune_api.stage import ParentRef, PlannedStage, StageConfig, Task, training_of_stage
+from stagetune_api.stage import (
+    EnginePlan,
+    ParentRef,
+    PlannedStage,
+    StageConfig,
+    Task,
+    plan_engine,
+    training_of_stage,
+)
 from stagetune_api.status import (
     ConditionReason,
     ConditionType,
@@ -97,8 +105,17 @@ def run_locally(
 
 def cluster_sections(spec: StagedFineTuneSpec) -> list[str]:
     """Return the paths of what `spec` gives and a run on this machine passes over."""
-    sections = {"runtime": spec.runtime, "storage": spec.storage, "retry": spec.retry}
-    return [f"spec.{name}" for name, section in sections.items() if section is not None]
+    sections = {"storage": spec.storage, "retry": spec.retry}
+    counted_here = RuntimeSpec(
+        **{
+            name: getattr(spec.runtime, name)
+            for name in ("engine", "processes_per_node", "deepspeed")
+            if spec.runtime is not None
+        }
+    )
+    found = [f"spec.{name}" for name, section in sections.items() if section is not None]
+    has_more = spec.runtime is not None and spec.runtime != counted_here
+    return ["spec.runtime", *found] if has_more else found
 
 
 class _Run:
@@ -151,7 +168,7 @@ class _Run:
             ConditionReason.PREPARED,
             f"{facts.data.train_rows} training and {facts.data.validation_rows} validation rows",
         )
-        return facts, _machine(report)
+        return facts, _machine(report, plan_engine(self._spec.runtime))
 
     def _is_sound(self, facts: Facts) -> bool:
         """Whether what prepare left is still there to the last bit."""
@@ -320,6 +337,7 @@ class _Run:
             model_digest=facts.model.digest if facts else None,
             data_digest=facts.data.digest if facts else None,
             stage=stage,
+            engine=plan_engine(self._spec.runtime) if task is Task.TRAIN else None,
             chain=list(chain or []),
             stages=list(stages or []),
             averaging_alpha=averaging_alpha,
@@ -361,12 +379,14 @@ class _Run:
         raise RunFailedError(config.stage.name if config.stage else config.task.value, failure)
 
 
-def _machine(prepare: StageReport) -> Machine:
+def _machine(prepare: StageReport, engine: EnginePlan | None) -> Machine:
     """Return what the plan has to fit into: the GPU that prepare saw, or this machine's memory."""
     if prepare.device == "cuda":
-        return Machine(is_gpu=True)
+        return Machine(is_gpu=True, engine=engine)
     memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return Machine(is_gpu=False, memory_bytes=memory_bytes)
+    if engine is not None:
+        memory_bytes //= engine.num_processes
+    return Machine(is_gpu=False, memory_bytes=memory_bytes, engine=engine)
 
 
 def _died(code: int, layout: StageLayout) -> Failure:

@@ -144,6 +144,7 @@ def _input_digest(config: StageConfig) -> str:
     if config.task is Task.PREPARE:
         # Relative sources count from there, and prepare is the one to read them.
         places.remove("manifest_directory")
-    data = config.model_dump(mode="json", exclude={"attempt", "chain", *places})
+    # Nor does how many processes it takes.
+    data = config.model_dump(mode="json", exclude={"attempt", "chain", "engine", *places})
     del data["training"]["checkpointIntervalSeconds"]
     return digest_of_json({**data, "chain": [parent.digest for parent in config.chain]})

@@ -61,6 +61,13 @@ PROGRESS_TOKEN_VARIABLE = "KUBEFLOW_TRAINER_SERVER_TOKEN"
 PROGRESS_AUDIENCE = f"progress.{GROUP}"
 PROGRESS_INTERVAL_SECONDS = 5.0
 PROGRESS_MAX_BYTES = 65536
+COORDINATOR_VARIABLE = "STAGETUNE_COORDINATOR"
+"""In pods of a stage that has several: the name by which they find the first one."""
+POD_INDEX_VARIABLE = "JOB_COMPLETION_INDEX"
+"""Kubernetes' own, in the pods of an Indexed Job: which of them it is, from 0."""
+LABEL_POD_INDEX = "batch.kubernetes.io/job-completion-index"
+"""Kubernetes' own label of the pods of an Indexed Job."""
+COORDINATOR_PORT = 29400
 TRAINER_METRICS_PORT = 9108
 OPERATOR_PROGRESS_PORT = 8080
 OPERATOR_METRICS_PORT = 9109

@@ -11,6 +11,7 @@ inside; a rule that reads those defaults therefore stands on `spec`, which has n
 """
 
 from stagetune_api import names
+from stagetune_api.engine_rules import ENGINE_RULES
 from stagetune_api.rule import Rule
 from stagetune_api.schedule_rules import SCHEDULE_RULES
 from stagetune_api.spec import StagedFineTuneSpec
@@ -20,6 +21,7 @@ from stagetune_api.training_rules import TRAINING_RULES
 SPEC_RULES = (
     *TRAINING_RULES,
     *SCHEDULE_RULES,
+    *ENGINE_RULES,
     Rule(
         "spec.model",
         "!has(self.revision) || self.source.startsWith('hf://') || "

@@ -65,6 +65,14 @@ class EngineType(StrEnum):
     DEEPSPEED = "DeepSpeed"
 
 
+class Offload(StrEnum):
+    """What DeepSpeed keeps in host memory."""
+
+    NONE = "None"
+    OPTIMIZER = "Optimizer"
+    OPTIMIZER_AND_PARAMETERS = "OptimizerAndParameters"
+
+
 class RetainPolicy(StrEnum):
     """What stays on the volume when the run object is deleted."""
 
@@ -203,8 +211,22 @@ class TolerationSpec(ApiModel):
     """tolerationSeconds for which a pod stays on a node with such a taint; only with NoExecute."""
 
 
+class DeepSpeedSpec(ApiModel):
+    """What several processes of a stage divide among them (ZeRO, arXiv 1910.02054)."""
+
+    zero_stage: Annotated[int, Field(ge=2, le=3)] = 2
+    """zeroStage 2 divides gradients and optimizer states; 3 also the weights of decoder layers,
+    which are then sent anew for every pass."""
+    offload: Offload = Offload.NONE
+    """offload says what is kept in host memory: None, Optimizer (fp32 masters and the optimizer's
+    states, which are then updated by the CPU), or with zeroStage 3 OptimizerAndParameters."""
+
+
 class RuntimeSpec(ApiModel):
-    """How pods are run on a cluster; without meaning on one machine."""
+    """How pods are run on a cluster, and in how many processes a stage trains.
+
+    On one machine only `engine`, `processesPerNode` and `deepspeed` count.
+    """
 
     resources: ResourcesSpec | None = None
     """resources of the containers that train and evaluate. Those that prepare and export get the
@@ -225,7 +247,17 @@ class RuntimeSpec(ApiModel):
     """gracePeriodSeconds that a pod which is asked to leave has for finishing its step and
     saving."""
     engine: EngineType = EngineType.AUTO
-    """engine that runs the backward pass and the optimizer."""
+    """engine that runs the backward pass and the optimizer. Auto is DeepSpeed where a stage has
+    several processes or `deepspeed` is given, and Single otherwise."""
+    processes_per_node: Annotated[int, Field(ge=1, le=64)] | None = None
+    """processesPerNode that train a stage together, each on a GPU of its own where there are GPUs.
+    Left out, it is the number of GPUs in `resources.limits`, and 1 where there are none, on one
+    machine, or with engine Single."""
+    nodes: Annotated[int, Field(ge=1, le=64)] = 1
+    """nodes is the number of pods that train a stage together, with `resources` each. Where they
+    are on several nodes the volume has to be one that all of them can mount."""
+    deepspeed: DeepSpeedSpec | None = None
+    """deepspeed holds the options of that engine."""
 
 
 class AccessMode(StrEnum):

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from enum import StrEnum
 
+from stagetune_api.engine_checks import check_engine, check_engine_plan
 from stagetune_api.problems import Problem, ProblemReason, conflict, not_yet
 from stagetune_api.spec import (
     ExportFormat,
@@ -16,6 +17,7 @@ from stagetune_api.spec import (
     TaintEffect,
     TolerationOperator,
 )
+from stagetune_api.stage import plan_engine
 from stagetune_api.training_checks import TRAINING_RULES, check_not_yet_supported
 from stagetune_api.training_spec import MethodType
 
@@ -54,6 +56,13 @@ def sources_of(spec: StagedFineTuneSpec) -> dict[str, str]:
     return sources
 
 
+def num_gpus(spec: StagedFineTuneSpec) -> int:
+    """Return the GPUs of a training pod, whoever made them."""
+    resources = spec.runtime.resources if spec.runtime is not None else None
+    limits = resources.limits if resources is not None else {}
+    return sum(int(amount) for name, amount in limits.items() if name.endswith("/gpu"))
+
+
 def _check_for_cluster(spec: StagedFineTuneSpec) -> Iterator[Problem]:
     for path, source in sources_of(spec).items():
         if source.startswith("file://"):
@@ -69,6 +78,17 @@ def _check_for_cluster(spec: StagedFineTuneSpec) -> Iterator[Problem]:
             message="a run on a cluster keeps its files on a volume; give storage.size for a new "
             "claim or storage.claimName for one that is there",
         )
+    runtime = spec.runtime
+    by_gpus = plan_engine(runtime, num_gpus=num_gpus(spec))
+    if by_gpus is not None and plan_engine(runtime) is None:
+        # Several GPUs and nothing said of processes: the other rules could not know.
+        yield from check_engine_plan(spec, by_gpus)
+    if by_gpus is not None and 0 < num_gpus(spec) < by_gpus.processes_per_node:
+        yield conflict(
+            "spec.runtime.processesPerNode",
+            f"{by_gpus.processes_per_node} processes need a GPU each, and resources.limits has "
+            f"{num_gpus(spec)}; raise the limit or lower processesPerNode",
+        )
 
 
 def _check_for_local_run(spec: StagedFineTuneSpec) -> Iterator[Problem]:
@@ -77,6 +97,12 @@ def _check_for_local_run(spec: StagedFineTuneSpec) -> Iterator[Problem]:
             yield conflict(
                 path, f"{source} is a claim on a cluster; use file://, hf:// or ms:// here"
             )
+    if spec.runtime is not None and spec.runtime.nodes > 1:
+        yield conflict(
+            "spec.runtime.nodes",
+            f"{spec.runtime.nodes} nodes are for runs on a cluster; a run on this machine has one; "
+            "set it to 1",
+        )
     if spec.suspend:
         yield conflict(
             "spec.suspend",
@@ -187,5 +213,6 @@ _RULES: Sequence[Callable[[StagedFineTuneSpec], Iterator[Problem]]] = (
     _check_export,
     _check_storage,
     _check_runtime,
+    check_engine,
     check_not_yet_supported,
 )

@@ -6,7 +6,17 @@ from typing import Annotated, Literal, Protocol, Self
 from pydantic import Field, model_validator
 
 from stagetune_api.base import ApiModel
-from stagetune_api.spec import DatasetSpec, EvaluationSpec, ExportSpec, ModelSpec, RetainPolicy
+from stagetune_api.spec import (
+    DatasetSpec,
+    DeepSpeedSpec,
+    EngineType,
+    EvaluationSpec,
+    ExportSpec,
+    ModelSpec,
+    Offload,
+    RetainPolicy,
+    RuntimeSpec,
+)
 from stagetune_api.training_spec import (
     GradientNormSpec,
     LayerRange,
@@ -152,6 +162,45 @@ def training_of_stage(training: TrainingSpec, stage: BatchSizes | None) -> Train
     return training.model_copy(update={name: size for name, size in sizes.items() if size})
 
 
+class EnginePlan(ApiModel):
+    """DeepSpeed's processes for one stage, and what they divide among them."""
+
+    processes_per_node: Annotated[int, Field(ge=1, le=64)]
+    """processesPerNode that train together."""
+    nodes: Annotated[int, Field(ge=1, le=64)] = 1
+    """nodes on each of which a pod starts so many."""
+    zero_stage: Annotated[int, Field(ge=2, le=3)]
+    """zeroStage: 2 divides gradients and optimizer states, 3 also the layers' weights."""
+    offload: Offload = Offload.NONE
+    """offload says what is kept in host memory."""
+
+    @property
+    def num_processes(self) -> int:
+        """Number of processes in all."""
+        return self.nodes * self.processes_per_node
+
+
+def plan_engine(runtime: RuntimeSpec | None, *, num_gpus: int = 0) -> EnginePlan | None:
+    """Return how a stage's processes work together; None for one process without DeepSpeed.
+
+    `num_gpus` are those of a training pod; 0 for a run on one machine, which takes several
+    processes only where it is told how many.
+    """
+    if runtime is None or runtime.engine is EngineType.SINGLE:
+        return None
+    processes = runtime.processes_per_node or max(num_gpus, 1)
+    uses_deepspeed = runtime.engine is EngineType.DEEPSPEED or runtime.deepspeed is not None
+    if processes * runtime.nodes == 1 and not uses_deepspeed:
+        return None
+    options = runtime.deepspeed or DeepSpeedSpec()
+    return EnginePlan(
+        processes_per_node=processes,
+        nodes=runtime.nodes,
+        zero_stage=options.zero_stage,
+        offload=options.offload,
+    )
+
+
 class ParentRef(ApiModel):
     """The verified output that a stage goes on from."""
 
@@ -210,6 +259,9 @@ class StageConfig(ApiModel):
     """dataDigest of the tokenised rows, checked before use."""
     stage: PlannedStage | None = None
     """stage to train; only for Train."""
+    engine: EnginePlan | None = None
+    """engine that several processes train the stage with; absent where one alone does. It does not
+    decide the result but for rounding, so another attempt may have another one."""
     chain: Annotated[list[ParentRef], Field(max_length=128)] = Field(default_factory=list)
     """chain of the outputs of all earlier stages, oldest first; the last one is the parent."""
     stages: Annotated[list[PlannedStage], Field(max_length=128)] = Field(default_factory=list)
@@ -241,6 +293,8 @@ class StageConfig(ApiModel):
             missing.append("averagingAlpha")
         if missing:
             raise ValueError(f"a {self.task} task needs {', '.join(missing)}")
+        if self.engine is not None and self.task is not Task.TRAIN:
+            raise ValueError(f"a {self.task} task has one process and no engine")
         own = self.stage.batch_size if self.stage is not None else None
         if own is not None and own != self.training.batch_size:
             raise ValueError(

@@ -9,7 +9,7 @@ from pydantic.alias_generators import to_camel
 
 from stagetune_api.problems import Problem, ProblemReason, conflict, not_yet
 from stagetune_api.schedule_checks import check_schedule_options, check_stage_options
-from stagetune_api.spec import EngineType, ExportFormat, StagedFineTuneSpec
+from stagetune_api.spec import ExportFormat, StagedFineTuneSpec
 from stagetune_api.training_spec import (
     AdapterScope,
     ExplicitStageSpec,
@@ -211,8 +211,6 @@ def check_not_yet_supported(spec: StagedFineTuneSpec) -> Iterator[Problem]:
     """Refuse what the API already names and no program does yet: nothing is silently ignored."""
     if spec.serve is not None:
         yield not_yet("spec.serve", "servers", "remove serve")
-    if spec.runtime is not None and spec.runtime.engine is EngineType.DEEPSPEED:
-        yield not_yet("spec.runtime.engine", "DeepSpeed engines", "use Auto or Single")
 
 
 TRAINING_RULES: Sequence[Callable[[StagedFineTuneSpec], Iterator[Problem]]] = (

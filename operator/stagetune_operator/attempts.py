@@ -6,6 +6,7 @@ task is done.
 
 from stagetune_api.report import Failure, FailureClass, StageReport
 from stagetune_api.spec import RuntimeSpec
+from stagetune_api.spec_checks import num_gpus
 from stagetune_api.stage import Task, training_of_stage
 from stagetune_api.status import ConditionReason, RunState, StageState, StageStatus
 from stagetune_operator.conditions import Standing
@@ -17,10 +18,10 @@ from stagetune_operator.failures import (
     decide_remedy,
     read_failure,
 )
-from stagetune_operator.manifests import build_job, job_name
+from stagetune_operator.manifests import build_job, build_service, job_name
 from stagetune_operator.pod_template import JobOrder
 from stagetune_operator.records import progress_values, trained_values
-from stagetune_operator.replan import changed_inputs, num_gpus
+from stagetune_operator.replan import changed_inputs
 from stagetune_operator.run_pass import Create, DeleteJob, RunPass
 from stagetune_operator.stage_files import Step, run_layout
 from stagetune_operator.views import JobPhase, JobView, PodView, seconds_between
@@ -50,7 +51,9 @@ def advance(run: RunPass, step: Step) -> Standing | None:
         if record.state is StageState.SUCCEEDED:
             return None
         return _gone_too_often(run, step) or _start(run, step)
-    disruptions = sum(pod.was_disrupted for pod in run.objects.pods if pod.task == step.key)
+    disruptions = sum(
+        pod.was_disrupted for pod in run.objects.pods if pod.task == step.key and pod.index == 0
+    )
     if disruptions > record.disruptions:
         run.set(step, disruptions=disruptions)
     if record.attempts < job.attempt:
@@ -72,7 +75,7 @@ def advance(run: RunPass, step: Step) -> Standing | None:
             # It did not leave in time after a suspension. However it ended, that was asked for.
             return _start(run, step)
         case JobPhase.FAILED:
-            return _fail(run, step, job, read_failure(job, run.objects.pods_of(job)))
+            return _fail(run, step, job, read_failure(job, run.objects.all_pods_of(job)))
 
 
 def _gone_too_often(run: RunPass, step: Step) -> Standing | None:
@@ -122,6 +125,8 @@ def _start(run: RunPass, step: Step) -> Standing:
         preferred_node=_last_node(run),
     )
     manifest = build_job(run.owner, run.spec, run.circumstances.settings, order)
+    if order.config.engine is not None and order.config.engine.nodes > 1:
+        run.act(Create(manifest=build_service(run.owner)))
     run.act(Create(manifest=manifest))
     run.set(step, state=StageState.QUEUED, attempts=attempt)
     return Standing(
@@ -156,7 +161,11 @@ def _follow(run: RunPass, step: Step, job: JobView) -> Standing:
         # By somebody else's hand; what comes next is decided when it is gone.
         return at_work(step, f"{job.name} is being deleted")
     pods = run.objects.pods_of(job)
+    # Of several pods none trains before all have started.
+    missing = [pod for pod in run.objects.all_pods_of(job) if pod.index and _is_missing(pod)]
     pod = next((pod for pod in reversed(pods) if pod.phase in ("Pending", "Running")), None)
+    if missing and pod is not None and pod.started is not None:
+        pod = missing[-1]
     if pod is None and pods and not (pods[-1].was_disrupted or job.is_suspended):
         # Its Job takes note within a second or two.
         return at_work(step)
@@ -167,6 +176,10 @@ def _follow(run: RunPass, step: Step, job: JobView) -> Standing:
     if step.task is Task.TRAIN:
         _show_progress(run, step, job, pod)
     return at_work(step, _describe_end(step, pod))
+
+
+def _is_missing(pod: PodView) -> bool:
+    return pod.phase == "Pending" and pod.started is None
 
 
 def _describe_end(step: Step, pod: PodView) -> str:

@@ -35,7 +35,7 @@ logger = logging.getLogger(__name__)
 
 _CREATED = {
     (item.api_version, item.kind): item
-    for item in (Collection.JOBS, Collection.CONFIG_MAPS, Collection.CLAIMS)
+    for item in (Collection.JOBS, Collection.CONFIG_MAPS, Collection.CLAIMS, Collection.SERVICES)
 }
 
 
@@ -69,8 +69,12 @@ class Cluster:
         """Return the PersistentVolumeClaim; None if there is none."""
         return await self._read(Collection.CLAIMS, namespace, name)
 
+    async def read_service(self, namespace: str, name: str) -> Object | None:
+        """Return the Service; None if there is none."""
+        return await self._read(Collection.SERVICES, namespace, name)
+
     async def create(self, manifest: Object) -> Object:
-        """Create a Job, a ConfigMap or a PersistentVolumeClaim and return it.
+        """Create a Job, a ConfigMap, a PersistentVolumeClaim or a Service and return it.
 
         Raises AlreadyExistsError, DeniedError, or GoneError if the namespace is not there.
         """

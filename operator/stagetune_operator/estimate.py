@@ -13,7 +13,7 @@ from pydantic import Field
 from stagetune_api import expansion
 from stagetune_api.base import ApiModel
 from stagetune_api.facts import Facts, ModelFacts
-from stagetune_api.stage import StageEstimate
+from stagetune_api.stage import EnginePlan, StageEstimate
 from stagetune_api.training_spec import (
     ExpandSpec,
     LayerRange,
@@ -23,6 +23,7 @@ from stagetune_api.training_spec import (
     TrainingSpec,
 )
 from stagetune_operator.activation_bytes import activation_bytes
+from stagetune_operator.engine_bytes import shared_state_bytes, shared_weights_bytes
 from stagetune_operator.stage_scope import (
     StageScope,
     idle_adapters,
@@ -48,6 +49,8 @@ class Machine(ApiModel):
     """isGpu says whether it is a GPU; Precision Auto then means BF16."""
     memory_bytes: Annotated[int, Field(ge=1)] | None = None
     """memoryBytes of the device; left out, nothing is too large."""
+    engine: EnginePlan | None = None
+    """engine by which several processes share a stage, each with a device like this."""
 
 
 CLUSTER_GPU = Machine()
@@ -80,6 +83,12 @@ def estimate_stage(
     context = DEVICE_CONTEXT_BYTES if machine.is_gpu else 0
     activations = activation_bytes(facts, method, training, scope, element, state.master)
     activations += _made_anew_bytes(model, method, element)
+    state_memory = state.memory
+    # Of several processes each loads all of it before it gives up what the others hold.
+    loading = weights + state.master * trainable
+    if machine.engine is not None:
+        weights = _shared_weight_bytes(machine.engine, model, method, element, weights, scope)
+        state_memory = shared_state_bytes(machine.engine, trainable)
     flops = step_flops(facts, method, training, scope)
     # While a cache is filled there is nothing but weights, those below the stage too.
     filling = _weight_bytes(model, method, element, start=scope.loaded_from)
@@ -87,9 +96,9 @@ def estimate_stage(
     return StageEstimate(
         trainable_parameters=trainable,
         weights_bytes=weights,
-        training_state_bytes=state.memory,
+        training_state_bytes=state_memory,
         activation_bytes=activations,
-        memory_bytes=max(weights + state.memory + activations, filling) + context,
+        memory_bytes=max(weights + state_memory + activations, filling, loading) + context,
         disk_bytes=CHECKPOINTS_AT_ONCE * state.checkpoint + trainable * output,
         step_flops=flops,
         relative_step_flops=round(flops / full, 6),
@@ -151,6 +160,23 @@ def _weight_bytes(
     shapes = model.layer.linear_shapes.values()
     in_nf4 = (model.num_layers - start) * sum(inputs * outputs for inputs, outputs in shapes)
     return (frozen - in_nf4) * element + math.ceil(in_nf4 * NF4_BYTES_PER_PARAMETER)
+
+
+def _shared_weight_bytes(
+    engine: EnginePlan,
+    model: ModelFacts,
+    method: MethodSpec,
+    element: int,
+    weights: int,
+    scope: StageScope,
+) -> int:
+    """Return what is left in each process of frozen `weights` bytes; layers alone are divided."""
+    others = _weight_bytes(model, method, element, start=model.num_layers)
+    if scope.lowest_run == 0 and not model.tied_embeddings:
+        others += element * model.embedding_parameters
+    others = min(others, weights)
+    layer = element * model.layer.parameters
+    return shared_weights_bytes(engine, layers=weights - others, others=others, layer=layer)
 
 
 def _made_anew_bytes(model: ModelFacts, method: MethodSpec, element: int) -> int:

@@ -67,14 +67,32 @@ def read_failure(job: JobView, pods: Sequence[PodView]) -> Failure:
             exit_code=-1,
             message=f"{job.name}: its pod is gone without a trace ({job.message or 'deleted'})",
         )
-    # One after the other; one that never ran has no time at which it finished.
-    pod = max(ended, key=lambda item: (item.created, item.finished or ""))
+    pod = _to_blame(ended)
     report = pod.report
     if report is not None and report.failure is not None:
         return report.failure
     code = pod.exit_code if pod.exit_code is not None else -1
     failure_class, message = _without_report(pod, code)
     return _failure(failure_class, exit_code=code, message=message, log_tail=pod.message)
+
+
+def _to_blame(ended: Sequence[PodView]) -> PodView:
+    """Return the pod that says why a Job failed.
+
+    Pods of one index come one after the other, and the last one counts; one that never ran has no
+    time at which it finished. Of several at once most only lost their connection to the one that
+    failed: whoever has more to say than that is to blame, and then whoever ended first.
+    """
+    last: dict[int, PodView] = {}
+    for pod in sorted(ended, key=lambda item: (item.created, item.finished or "")):
+        last[pod.index] = pod
+
+    def rank(pod: PodView) -> tuple[bool, str, int]:
+        failure = pod.report.failure if pod.report is not None else None
+        is_vague = failure is not None and failure.failure_class is FailureClass.INTERNAL
+        return is_vague, pod.finished or "", pod.index
+
+    return min(last.values(), key=rank)
 
 
 def _without_report(pod: PodView, code: int) -> tuple[FailureClass, str]:

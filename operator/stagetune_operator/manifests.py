@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 
 from stagetune_api import names
 from stagetune_api.artifact import digest_of_json
@@ -29,16 +30,42 @@ def config_digest(config: StageConfig) -> str:
     return digest_of_json(config.model_dump(mode="json", exclude_defaults=True))
 
 
-def job_name(run: str, task: str, attempt: int) -> str:
+def job_name(run: str, task: str, attempt: int, *, num_pods: int = 1) -> str:
     """Return the name of the Job, short enough for the label by which Kubernetes counts its pods.
 
-    Only the hundredth attempt of a task with the longest names has to be cut.
+    Only the hundredth attempt of a task with the longest names has to be cut. Of several pods each
+    has its number behind it as the name of its host.
     """
+    longest = _JOB_NAME_MAX_LENGTH - (len(f"-{num_pods}") if num_pods > 1 else 0)
     name = f"{run}-{task}" if attempt == 1 else f"{run}-{task}-{attempt}"
-    if len(name) <= _JOB_NAME_MAX_LENGTH:
+    if len(name) <= longest:
         return name
     end = f"-{digest_of_json(name)[:8]}-{attempt}"
-    return name[: _JOB_NAME_MAX_LENGTH - len(end)].rstrip("-") + end
+    return name[: longest - len(end)].rstrip("-") + end
+
+
+def service_name(owner: Owner) -> str:
+    """Return the name of the Service by which pods of one stage find each other."""
+    # Names of Services begin with a letter, and a run's name need not.
+    return f"stagetune-{owner.name}"
+
+
+def build_service(owner: Owner) -> Object:
+    """Return the headless Service that gives the run's training pods their names."""
+    return {
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": _metadata(owner, service_name(owner), {}),
+        "spec": {
+            "clusterIP": "None",
+            "selector": {
+                names.LABEL_RUN: owner.name,
+                "app.kubernetes.io/component": "trainer",
+            },
+            # They have to meet before any of them could be called ready.
+            "publishNotReadyAddresses": True,
+        },
+    }
 
 
 def build_claim(owner: Owner, storage: StorageSpec) -> Object:
@@ -85,7 +112,9 @@ def build_job(
         "app.kubernetes.io/component": "trainer",
     }
     queue = spec.runtime.queue_name if spec.runtime else None
-    metadata = _metadata(owner, job_name(owner.name, order.task, order.attempt), labels)
+    num_pods = order.config.engine.nodes if order.config.engine is not None else 1
+    name = job_name(owner.name, order.task, order.attempt, num_pods=num_pods)
+    metadata = _metadata(owner, name, labels)
     pod_labels = dict(metadata["labels"])
     if queue is not None:
         # Of the Job alone: with it a queue for plain pods would hold the pod back as well.
@@ -104,6 +133,8 @@ def build_job(
             names.ANNOTATION_STAGE_CONFIG: order.config.model_dump_json(exclude_none=True)
         },
     }
+    if num_pods > 1:
+        order = replace(order, coordinator=f"{name}-0.{service_name(owner)}")
     return {
         "apiVersion": "batch/v1",
         "kind": "Job",
@@ -111,15 +142,19 @@ def build_job(
         "spec": {
             # Retries are the operator's: another attempt may need another file.
             "backoffLimit": 0,
-            "completions": 1,
-            "parallelism": 1,
+            "completions": num_pods,
+            "parallelism": num_pods,
+            **({"completionMode": "Indexed"} if num_pods > 1 else {}),
             "podReplacementPolicy": "Failed",
             "podFailurePolicy": _pod_failure_policy(),
             # A queue admits the Job by ending its suspension.
             "suspend": queue is not None,
             "template": {
                 "metadata": pod_metadata,
-                "spec": build_pod_spec(owner, spec, settings, order),
+                "spec": {
+                    **build_pod_spec(owner, spec, settings, order),
+                    **({"subdomain": service_name(owner)} if num_pods > 1 else {}),
+                },
             },
         },
     }

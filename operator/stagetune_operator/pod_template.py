@@ -31,6 +31,8 @@ class JobOrder:
     claim: str
     inputs: Mapping[str, str] = field(default_factory=dict)
     preferred_node: str | None = None
+    coordinator: str | None = None
+    """Name of the first of several pods; None where there is one."""
 
 
 def build_pod_spec(
@@ -115,6 +117,8 @@ def _environment(owner: Owner, settings: Settings, order: JobOrder) -> list[Obje
     else:
         # Everything is on the volume by now; nothing may depend on a hub any more.
         values["HF_HUB_OFFLINE"] = "1"
+    if order.coordinator is not None:
+        values[names.COORDINATOR_VARIABLE] = order.coordinator
     if settings.progress_url:
         values[names.PROGRESS_URL_VARIABLE] = (
             f"{settings.progress_url.rstrip('/')}/apis/{names.API_VERSION}/namespaces/"

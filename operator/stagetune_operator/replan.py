@@ -3,13 +3,14 @@
 A started stage never changes: an edit that would is refused, whatever let it through.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from stagetune_api.facts import Facts
 from stagetune_api.problems import Problem, ProblemReason
 from stagetune_api.report import Failure, FailureClass
 from stagetune_api.spec import StagedFineTuneSpec
-from stagetune_api.stage import PlannedStage
+from stagetune_api.spec_checks import num_gpus
+from stagetune_api.stage import PlannedStage, plan_engine
 from stagetune_api.status import ConditionReason, RunState, StagedFineTuneStatus, StageState
 from stagetune_operator.conditions import Standing
 from stagetune_operator.estimate import Machine
@@ -67,19 +68,10 @@ def changed_inputs(record: PlanRecord, facts: Facts) -> Failure | None:
     )
 
 
-def num_gpus(spec: StagedFineTuneSpec) -> int:
-    """Return the GPUs of a training pod, whoever made them."""
-    return sum(int(amount) for name, amount in _limits(spec).items() if name.endswith("/gpu"))
-
-
-def _limits(spec: StagedFineTuneSpec) -> Mapping[str, int | str]:
-    resources = spec.runtime.resources if spec.runtime is not None else None
-    return resources.limits if resources is not None else {}
-
-
 def _machine(spec: StagedFineTuneSpec) -> Machine:
     """Return what a stage has to fit into; the memory of a GPU is not known here."""
-    return Machine(is_gpu=num_gpus(spec) > 0)
+    gpus = num_gpus(spec)
+    return Machine(is_gpu=gpus > 0, engine=plan_engine(spec.runtime, num_gpus=gpus))
 
 
 def _decided(stage: PlannedStage) -> dict[str, object]:

@@ -14,6 +14,7 @@ class Collection(Enum):
     PODS = ("/api/v1", "pods", "v1", "Pod")
     CONFIG_MAPS = ("/api/v1", "configmaps", "v1", "ConfigMap")
     CLAIMS = ("/api/v1", "persistentvolumeclaims", "v1", "PersistentVolumeClaim")
+    SERVICES = ("/api/v1", "services", "v1", "Service")
     EVENTS = ("/api/v1", "events", "v1", "Event")
 
     def __init__(self, root: str, plural: str, api_version: str, kind: str) -> None:

@@ -12,7 +12,15 @@ from stagetune_api import names
 from stagetune_api.facts import Facts
 from stagetune_api.names import RunLayout
 from stagetune_api.spec import StagedFineTuneSpec
-from stagetune_api.stage import ParentRef, PlannedStage, StageConfig, Task, training_of_stage
+from stagetune_api.spec_checks import num_gpus
+from stagetune_api.stage import (
+    ParentRef,
+    PlannedStage,
+    StageConfig,
+    Task,
+    plan_engine,
+    training_of_stage,
+)
 from stagetune_api.training_spec import ProtectionSpec
 from stagetune_operator.ownership import Owner
 
@@ -97,6 +105,11 @@ def build_stage_file(
             "evaluation": spec.evaluation,
             "export": spec.export,
             "stage": step.stage if step.task is Task.TRAIN else None,
+            "engine": (
+                plan_engine(spec.runtime, num_gpus=num_gpus(spec))
+                if step.task is Task.TRAIN
+                else None
+            ),
             "chain": chain,
             "stages": list(stages) if step.task in (Task.EVALUATE, Task.EXPORT) else [],
             "averaging_alpha": averaging_alpha if step.task is Task.EXPORT else None,

@@ -83,6 +83,8 @@ class PodView:
     is_deleting: bool
     others_running: bool
     """Whether containers that are not ours, a mesh's or a log shipper's, still run in it."""
+    index: int = 0
+    """Which of its Job's pods it is; the first one reports."""
 
     @property
     def report(self) -> StageReport | None:
@@ -119,7 +121,11 @@ class RunObjects:
         return max(found, key=lambda job: job.attempt, default=None)
 
     def pods_of(self, job: JobView) -> list[PodView]:
-        """Return the pods that `job` made, the oldest first."""
+        """Return the pods that `job` made, the oldest first; of several at once the first one."""
+        return [pod for pod in self.all_pods_of(job) if pod.index == 0]
+
+    def all_pods_of(self, job: JobView) -> list[PodView]:
+        """Return all pods that `job` made, the oldest first."""
         found = [pod for pod in self.pods if pod.job_uid == job.uid]
         return sorted(found, key=lambda pod: pod.created)
 
@@ -185,6 +191,7 @@ def view_pod(pod: Object) -> PodView:
     state = _container_state(status)
     ended, waiting = state.get("terminated") or {}, state.get("waiting") or {}
     running = state.get("running") or {}
+    index = (metadata.get("labels") or {}).get(names.LABEL_POD_INDEX, "0")
     return PodView(
         name=metadata["name"],
         uid=metadata["uid"],
@@ -208,6 +215,7 @@ def view_pod(pod: Object) -> PodView:
             and "running" in (container.get("state") or {})
             for container in status.get("containerStatuses") or []
         ),
+        index=int(index) if index.isdecimal() else 0,
     )
 
 

@@ -178,6 +178,7 @@ def test_run_from_python_refuses_the_same(write_manifest: WriteManifest, tmp_pat
             {"retry": {"number": 1}},
             "On clusters only, without effect here: spec.retry.\n",
         ),
+        ({"runtime": {"engine": "DeepSpeed", "deepspeed": {"zeroStage": 3}}}, ""),
     ],
 )
 def test_run_says_which_sections_count_on_clusters_only(

@@ -20,7 +20,9 @@ from stagetune_api import names
 from stagetune_api.artifact import verify_artifact
 from stagetune_api.names import ExitCode, RunLayout
 from stagetune_api.report import FailureClass
+from stagetune_api.stage import PlannedStage
 from stagetune_api.status import ConditionStatus, ConditionType, RunState, StagedFineTuneStatus
+from stagetune_operator.plan import Plan
 
 WriteManifest = Callable[..., Path]
 TIMEOUT_SECONDS = 900
@@ -114,6 +116,28 @@ def steps_done(run_directory: Path, stage: int) -> int:
 def trainer_of(process: "subprocess.Popen[str]") -> int | None:
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     return int(children[0]) if children else None
+
+
+def test_run_in_two_processes_is_done_for_one_process_too(
+    write_manifest: WriteManifest, tmp_path: Path
+) -> None:
+    training = {"microBatchSize": 2}
+    two = write_manifest(training=training, runtime={"processesPerNode": 2})
+    output = done(two, tmp_path / "run")
+    assert "without effect" not in output
+    report = RunReport.model_validate_json((tmp_path / "run" / "report.json").read_bytes())
+    assert report.after.validation_loss < report.before.validation_loss - 0.05
+    log = (tmp_path / "run" / "stages" / "01-layers-0-1" / "log.txt").read_text()
+    assert "Traceback" not in log
+
+    done(write_manifest(training=training), tmp_path / "run")
+    layout = RunLayout(tmp_path / "run")
+    attempts = [list(layout.stage(s.directory).fence.iterdir()) for s in _stages_of(layout)]
+    assert [len(found) for found in attempts] == [1, 1]
+
+
+def _stages_of(layout: RunLayout) -> list[PlannedStage]:
+    return Plan.model_validate_json(layout.plan.read_bytes()).stages
 
 
 def test_run_goes_from_manifest_to_a_folder_that_transformers_loads(

@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from ruamel.yaml import YAML
+from safetensors.torch import load_file
 
 from local_cluster.binaries import BinariesUnavailableError
 from local_cluster.node import why_no_node
@@ -245,6 +247,45 @@ def test_damaged_output_is_found_by_the_next_pod_and_made_again(
     assert any("model.safetensors" in event["message"] for event in events), events
     assert status["stages"][0]["attempts"] == 2
     assert digests_of_weights(staged.folder("damaged") / "export") == expected
+
+
+def on_two_nodes(manifest: Object) -> Object:
+    """Return `manifest` for two pods a stage; both are on the one node, which has one GPU."""
+    document = on_cluster(manifest)
+    resources = {"limits": {"memory": "3Gi"}, "requests": {"cpu": "100m", "memory": "1Gi"}}
+    document["spec"]["runtime"] = {"nodes": 2, "resources": resources}
+    document["spec"]["storage"]["accessMode"] = "ReadWriteMany"
+    return document
+
+
+def test_two_pods_train_a_stage_as_one_process_does(
+    staged: StagedCluster, inputs: str, workspace: Path, tmp_path: Path
+) -> None:
+    def short(name: str, sources: str) -> Object:
+        manifest = tiny_manifest(name, sources)
+        manifest["spec"]["schedule"] = {"stageCount": 2, "epochsPerStage": 3}
+        manifest["spec"]["training"]["microBatchSize"] = 2
+        return manifest
+
+    staged.apply(on_two_nodes(short("two-pods", inputs)))
+    status = staged.await_status("two-pods", is_done, what="end", seconds=RUN_SECONDS)
+    assert [stage["attempts"] for stage in status["stages"]] == [1, 1]
+    for stage in ("01-layers-0-1", "02-layers-2-3"):
+        pods = staged.pods("two-pods", stage)
+        assert [pod["status"]["phase"] for pod in pods] == ["Succeeded", "Succeeded"]
+    assert status["stages"][0]["validationLoss"] > status["stages"][1]["validationLoss"]
+
+    run_locally(short("local", f"file://{workspace}"), tmp_path, RUN_SECONDS)
+    for path in (tmp_path / "run" / "export").glob("*.safetensors"):
+        alone = load_file(path)
+        together = load_file(staged.folder("two-pods") / "export" / path.name)
+        assert alone.keys() == together.keys()
+        for name, tensor in alone.items():
+            torch.testing.assert_close(together[name], tensor, rtol=0, atol=2e-4, msg=name)
+
+    staged.cluster.kubectl("-n", NAMESPACE, "delete", "sft", "two-pods", "--wait=true")
+    gone = ("-n", NAMESPACE, "wait", "--for=delete", "service/stagetune-two-pods", "--timeout=60s")
+    assert staged.cluster.try_kubectl(*gone).returncode == 0
 
 
 @pytest.mark.real_model

@@ -99,6 +99,8 @@ OPERATOR_RIGHTS: set[Right] = {
     ("", "configmaps", "create"),
     ("", "persistentvolumeclaims", "get"),
     ("", "persistentvolumeclaims", "create"),
+    ("", "services", "get"),
+    ("", "services", "create"),
     ("", "events", "create"),
 }
 REVIEW: Right = ("authentication.k8s.io", "tokenreviews", "create")

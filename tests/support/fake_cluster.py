@@ -243,12 +243,15 @@ class FakeCluster:
             ]
             unsettled = any(item is job for item, _ in self._unsettled)
             if not running and not unsettled:
-                self._make_pod(name, job)
+                for index in range(job["spec"]["completions"]):
+                    self._make_pod(name, job, index)
                 moved = True
         return moved
 
-    def _make_pod(self, name: str, job: Object) -> None:
-        template = job["spec"]["template"]
+    def _make_pod(self, name: str, job: Object, index: int = 0) -> None:
+        template = copy.deepcopy(job["spec"]["template"])
+        if job["spec"].get("completionMode") == "Indexed":
+            template["metadata"]["labels"][names.LABEL_POD_INDEX] = str(index)
         pod = self._stored(
             {
                 "kind": "Pod",
@@ -290,6 +293,9 @@ class FakeCluster:
             return False
         moved = bool(self._unsettled)
         for job, ending in self._unsettled:
+            if job["status"].get("conditions") and ending.exit_code == 0:
+                # Another of its pods has failed.
+                continue
             asked_to_stop = ending.exit_code == TrainerExitCode.INTERRUPTED
             failed = {"type": "Failed", "status": "True", "message": "once"}
             if ending.exit_code == 0:
@@ -350,6 +356,10 @@ class FakeCluster:
     async def read_claim(self, namespace: str, name: str) -> Object | None:
         """See `cluster.Cluster`."""
         return copy.deepcopy(self.objects.get(("PersistentVolumeClaim", name)))
+
+    async def read_service(self, namespace: str, name: str) -> Object | None:
+        """See `cluster.Cluster`."""
+        return copy.deepcopy(self.objects.get(("Service", name)))
 
     async def create(self, manifest: Object) -> Object:
         """See `cluster.Cluster`."""

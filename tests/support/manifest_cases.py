@@ -75,6 +75,8 @@ RATES = {"bottom": 5e-5, "top": 1e-4}
 IN_BACKWARD = {"learningRate": 1e-4, "optimizerInBackward": True}
 AT_EXPORT = {"averaging": {}, "depthScaling": {"bottom": 0.5}}
 DORA: Edits = {"spec.method": {"type": "LoRA", "lora": {"dora": True}}}
+TWO_PROCESSES: Edits = {"spec.runtime": {"processesPerNode": 2}}
+ZERO_3: Edits = {"spec.runtime": {"processesPerNode": 2, "deepspeed": {"zeroStage": 3}}}
 REPLAY: Node = {"ratio": 0.1, "source": "hf://org/text"}
 
 
@@ -414,6 +416,106 @@ CASES = {
             {"spec.training.packing": True, "spec.training.groupByLength": True},
             {"spec.training.packing": True, "spec.training.groupByLength": False},
             "spec.training.groupByLength",
+        ),
+    ],
+    "several processes need engine DeepSpeed": [
+        Case(
+            {"spec.runtime": {"engine": "Single", "processesPerNode": 2}},
+            {"spec.runtime": {"engine": "Single", "processesPerNode": 1}},
+            "spec.runtime.processesPerNode",
+        ),
+    ],
+    "several nodes need engine DeepSpeed": [
+        Case(
+            {"spec.runtime": {"engine": "Single", "nodes": 2}},
+            {"spec.runtime": {"engine": "Auto", "nodes": 2}},
+            "spec.runtime.nodes",
+        ),
+    ],
+    "storage.accessMode ReadWriteOnce is for the pods of one node": [
+        Case(
+            {"spec.runtime.nodes": 2, "spec.storage": {"size": "1Gi"}},
+            {
+                "spec.runtime.nodes": 2,
+                "spec.storage": {"size": "1Gi", "accessMode": "ReadWriteMany"},
+            },
+            "spec.storage.accessMode",
+        ),
+        Case(
+            {"spec.runtime.nodes": 2, "spec.storage": {"size": "1Gi"}},
+            {"spec.runtime.nodes": 2, "spec.storage": {"claimName": "runs"}},
+            "spec.storage.accessMode",
+        ),
+    ],
+    "engine Single does without DeepSpeed": [
+        Case(
+            {"spec.runtime": {"engine": "Single", "deepspeed": {}}},
+            {"spec.runtime": {"engine": "DeepSpeed", "deepspeed": {}}},
+            "spec.runtime.deepspeed",
+        ),
+    ],
+    "offload OptimizerAndParameters needs divided weights": [
+        Case(
+            {"spec.runtime.deepspeed": {"offload": "OptimizerAndParameters"}},
+            {"spec.runtime.deepspeed": {"offload": "OptimizerAndParameters", "zeroStage": 3}},
+            "spec.runtime.deepspeed.offload",
+        ),
+    ],
+    "optimizer AdamW8bit scales blocks of one tensor": [
+        Case(
+            {**TWO_PROCESSES, "spec.training.optimizer": "AdamW8bit"},
+            {"spec.training.optimizer": "AdamW8bit", "spec.runtime": {"processesPerNode": 1}},
+            "spec.training.optimizer",
+        ),
+        Case(
+            {"spec.runtime.engine": "DeepSpeed", "spec.training.optimizer": "AdamW8bit"},
+            {"spec.runtime.engine": "Single", "spec.training.optimizer": "AdamW8bit"},
+            "spec.training.optimizer",
+        ),
+    ],
+    "optimizerInBackward updates before gradients are summed": [
+        Case(
+            {
+                "spec.runtime.deepspeed": {},
+                "spec.training.optimizerInBackward": True,
+                "spec.training.microBatchSize": 16,
+            },
+            {"spec.training.optimizerInBackward": True, "spec.training.microBatchSize": 16},
+            "spec.training.optimizerInBackward",
+        ),
+    ],
+    "a batch has fewer micro-batches than there are processes": [
+        Case(
+            {"spec.runtime": {"processesPerNode": 3}, "spec.training.microBatchSize": 8},
+            {"spec.runtime": {"processesPerNode": 3}, "spec.training.microBatchSize": 4},
+            "spec.training.microBatchSize",
+        ),
+        Case(
+            in_stages(LOWER, {**UPPER, "batchSize": 1}, **TWO_PROCESSES),
+            in_stages(LOWER, {**UPPER, "batchSize": 2}, **TWO_PROCESSES),
+            "spec.stages[1].microBatchSize",
+        ),
+    ],
+    "zeroStage 3 cannot divide weights in 4 bits": [
+        Case(
+            {**ZERO_3, "spec.method": {"type": "QLoRA"}},
+            {**ZERO_3, "spec.method": {"type": "LoRA"}},
+            "spec.runtime.deepspeed.zeroStage",
+        ),
+    ],
+    "zeroStage 3 leaves no whole weights": [
+        Case({**ZERO_3, **DORA}, {**TWO_PROCESSES, **DORA}, "spec.runtime.deepspeed.zeroStage"),
+    ],
+    "zeroStage 3 divides decoder layers alone": [
+        Case(
+            {**ZERO_3, "spec.schedule.head": "LastStage"},
+            {**TWO_PROCESSES, "spec.schedule.head": "LastStage"},
+            "spec.runtime.deepspeed.zeroStage",
+        ),
+        Case(
+            in_stages({**LOWER, "embeddings": True}, **ZERO_3),
+            in_stages({**LOWER, "embeddings": True}, **TWO_PROCESSES),
+            "spec.runtime.deepspeed.zeroStage",
         ),
     ],
     "optimizerInBackward needs a batch of one micro-batch": [

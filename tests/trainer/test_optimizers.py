@@ -5,12 +5,13 @@ import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from stagetune_api import names
 from stagetune_api.names import TrainerExitCode
@@ -22,7 +23,7 @@ from stagetune_trainer.adamw_8bit import AdamW8bit
 from stagetune_trainer.loss import OutputHead
 from stagetune_trainer.optimizers import make_optimizer
 from stagetune_trainer.run import run_task
-from stagetune_trainer.training_state import RandomState, TrainingState
+from stagetune_trainer.training_state import RandomState, TrainingState, WholeTensors
 from stagetune_trainer.update import AccumulatedUpdate, BackwardUpdate
 
 Train = Callable[..., tuple[StageReport, TrainerExitCode]]
@@ -199,29 +200,37 @@ def test_stochastic_rounding_keeps_updates_that_plain_rounding_loses() -> None:
     assert mean == pytest.approx(1 - 2.0**-8, abs=2.0**-8 / 10)
 
 
-def stepped(state: TrainingState, steps: int) -> None:
+class OneStage(NamedTuple):
+    parameters: dict[str, nn.Parameter]
+    optimizer: Optimizer
+    state: TrainingState
+
+
+def stepped(stage: OneStage, steps: int) -> None:
     for _ in range(steps):
-        for parameter in state.parameters.values():
+        for parameter in stage.parameters.values():
             parameter.grad = torch.randn_like(parameter)
-        state.optimizer.param_groups[0]["lr"] = 1e-2
-        state.optimizer.step()
+        stage.optimizer.param_groups[0]["lr"] = 1e-2
+        stage.optimizer.step()
 
 
-def new_state() -> TrainingState:
+def new_stage() -> OneStage:
     torch.manual_seed(3)
     parameters = {
         "model.layers.1.weight": nn.Parameter(torch.randn(64, 64).bfloat16()),
         "model.layers.1.weight_scale": nn.Parameter(torch.randn(8, 8).bfloat16()),
     }
-    return TrainingState(parameters=parameters, optimizer=make_optimizer(parameters, EIGHT_BIT))
+    optimizer = make_optimizer(parameters, EIGHT_BIT)
+    held = WholeTensors(parameters, optimizer)
+    return OneStage(parameters, optimizer, TrainingState(held=held, names=frozenset(parameters)))
 
 
 def test_checkpoint_holds_the_8_bit_state_to_the_bit(tmp_path: Path) -> None:
-    saved, loaded = new_state(), new_state()
+    saved, loaded = new_stage(), new_stage()
     stepped(saved, 3)
-    saved.save(tmp_path, RandomState.capture())
+    saved.state.snapshot().write(tmp_path, RandomState.capture())
     stepped(saved, 2)
-    loaded.load(tmp_path)
+    loaded.state.load(tmp_path)
     stepped(loaded, 2)
     for name, parameter in saved.parameters.items():
         other = loaded.parameters[name]

@@ -1,5 +1,6 @@
 """Why a task failed, from every way in which a pod can end, and what follows from it."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -269,3 +270,38 @@ def test_damage_is_the_work_of_the_task_whose_folder_it_is_in(
         failure_class=FailureClass.STORAGE_ERROR, exit_code=44, message="", artifact=path
     )
     assert damaged_task(failure, [STAGE]) == key
+
+
+def of_index(index: int, ended: PodView) -> PodView:
+    return replace(ended, index=index, name=f"pod-{index}")
+
+
+def reported(failure_class: FailureClass, code: int, finished: str) -> Object:
+    failure = Failure(failure_class=failure_class, exit_code=code, message=f"ended {finished}")
+    report = StageReport(task=Task.TRAIN, name="a", attempt=1, outcome="Failed", failure=failure)
+    return {
+        "exitCode": code,
+        "message": report.termination_message(),
+        "startedAt": "2026-01-01T00:00:02Z",
+        "finishedAt": finished,
+    }
+
+
+def test_of_several_pods_the_one_that_says_most_is_to_blame() -> None:
+    lost = pod(terminated=reported(FailureClass.INTERNAL, 47, "2026-01-01T00:01:00Z"))
+    full = pod(terminated=reported(FailureClass.STORAGE_FULL, 43, "2026-01-01T00:01:02Z"))
+    found = read_failure(job(), [of_index(0, lost), of_index(1, full)])
+    assert found.failure_class is FailureClass.STORAGE_FULL
+    killed = pod(terminated={"exitCode": 137, "reason": "OOMKilled"})
+    found = read_failure(job(), [of_index(0, lost), of_index(1, killed)])
+    assert found.failure_class is FailureClass.OUT_OF_MEMORY
+
+
+def test_of_several_pods_with_as_much_to_say_the_first_to_end_is_to_blame() -> None:
+    later = pod(terminated=reported(FailureClass.INTERNAL, 47, "2026-01-01T00:01:05Z"))
+    first = pod(terminated=reported(FailureClass.INTERNAL, 47, "2026-01-01T00:01:00Z"))
+    again = pod(terminated={"exitCode": 45}, created="2026-01-01T00:00:00Z", is_disrupted=True)
+    pods = [of_index(1, again), of_index(0, later), of_index(1, first)]
+    found = read_failure(job(), pods)
+    assert found.failure_class is FailureClass.INTERNAL
+    assert found.message == "ended 2026-01-01T00:01:00Z"

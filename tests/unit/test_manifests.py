@@ -16,6 +16,7 @@ from stagetune_api.validation import parse_manifest
 from stagetune_operator.manifests import (
     build_claim,
     build_job,
+    build_service,
     claim_name,
     config_digest,
     job_name,
@@ -302,3 +303,26 @@ def test_claim_says_whose_it_is_and_goes_with_the_run_only_on_demand(
     kubernetes_validate.validate(claim, "1.37", strict=True)
     assert claim["metadata"]["annotations"] == {names.ANNOTATION_RUN_UID: OWNER.uid}
     assert ("ownerReferences" in claim["metadata"]) == is_owned
+
+
+SEVERAL_NODES = {
+    "spec.runtime": {"nodes": 12, "resources": {"limits": {"nvidia.com/gpu": 1}}},
+    "spec.storage": {"size": "1Gi", "accessMode": "ReadWriteMany"},
+    "spec.training.batchSize": 64,
+}
+
+
+def test_job_and_service_of_several_nodes_are_as_kubernetes_wants_them() -> None:
+    job, service = job_of("01-layers-0-1", SEVERAL_NODES), build_service(OWNER)
+    for manifest in (job, service):
+        kubernetes_validate.validate(manifest, "1.37", strict=True)
+    assert service["metadata"]["ownerReferences"] == [OWNER.reference]
+    assert job["spec"]["completions"] == 12
+
+
+def test_host_names_of_pods_are_short_enough() -> None:
+    run, task = "r" * names.RUN_NAME_MAX_LENGTH, "01-" + "s" * names.STAGE_NAME_MAX_LENGTH
+    for attempt in (1, 2, 99, 100):
+        name = job_name(run, task, attempt, num_pods=64)
+        assert len(f"{name}-63") <= 63
+    assert job_name(run, task, 1, num_pods=64) == f"{run}-{task}"

@@ -1424,3 +1424,104 @@ def test_a_run_follows_the_profile_that_its_prepare_reports() -> None:
     assert status.state == "Succeeded"
     assert asked[0] == (Task.PREPARE, True)
     assert not any(wanted for _, wanted in asked[1:])
+
+
+TWO_PODS = {
+    **CLUSTER,
+    "spec.runtime": {"resources": {"limits": {"nvidia.com/gpu": 2}}, "nodes": 2},
+    "spec.storage": {"size": "10Gi", "accessMode": "ReadWriteMany"},
+}
+
+
+def pods_of_task(operator: Operator, task: str) -> list[Object]:
+    pods = operator.cluster.of_kind("Pod")
+    return [pod for pod in pods if pod["metadata"]["labels"][names.LABEL_TASK] == task]
+
+
+def test_stage_on_two_nodes_has_two_pods_that_find_each_other() -> None:
+    operator = begun(TWO_PODS)
+    status = operator.finish()
+    assert status.state == "Succeeded"
+    assert [len(pods_of_task(operator, task)) for task in TASKS] == [1, 2, 2, 1, 1]
+
+    (service,) = operator.cluster.of_kind("Service")
+    assert service["spec"]["clusterIP"] == "None"
+    created = [what for verb, what in operator.cluster.writes if verb == "create"]
+    name = service["metadata"]["name"]
+    assert created.index(f"Service/{name}") < created.index("Job/finance-qa-01-layers-0-1")
+    for pod in pods_of_task(operator, STAGES[0]):
+        labels = pod["metadata"]["labels"]
+        assert service["spec"]["selector"].items() <= labels.items()
+    jobs = {job["metadata"]["name"]: job["spec"] for job in operator.cluster.of_kind("Job")}
+    spec = jobs["finance-qa-01-layers-0-1"]
+    assert (spec["completionMode"], spec["completions"], spec["parallelism"]) == ("Indexed", 2, 2)
+    pod = spec["template"]["spec"]
+    assert pod["subdomain"] == name
+    (coordinator,) = [
+        item["value"]
+        for item in pod["containers"][0]["env"]
+        if item["name"] == names.COORDINATOR_VARIABLE
+    ]
+    assert coordinator == f"finance-qa-01-layers-0-1-0.{name}"
+    assert "completionMode" not in jobs["finance-qa-prepare"]
+
+
+def test_gpus_of_all_pods_are_counted() -> None:
+    runtime = {"resources": {"limits": {"nvidia.com/gpu": 2}}, "nodes": 1}
+    one = begun({**TWO_PODS, "spec.runtime": runtime}).finish()
+    two = begun(TWO_PODS).finish()
+    for alone, both in zip(one.stages, two.stages, strict=True):
+        assert alone.gpu_seconds is not None
+        assert both.gpu_seconds is not None
+        assert both.gpu_seconds > 1.9 * alone.gpu_seconds > 0
+
+
+def test_failure_of_any_pod_ends_the_attempt_with_what_it_said() -> None:
+    lost = fails(FailureClass.INTERNAL, TrainerExitCode.INTERNAL, "connection closed by peer")
+    full = fails(FailureClass.STORAGE_FULL, TrainerExitCode.STORAGE_FULL, "no space left")
+
+    def script(config: StageConfig, pod: Object) -> Ending:
+        is_first = pod["metadata"]["labels"].get(names.LABEL_POD_INDEX) == "0"
+        return (lost if is_first else full)(config, pod)
+
+    operator = begun(TWO_PODS)
+    status = operator.finish({STAGES[0]: script})
+    assert status.state == "Failed"
+    failure = status.stages[0].last_failure
+    assert failure is not None
+    assert failure.failure_class is FailureClass.STORAGE_FULL
+    assert status.stages[0].attempts == 1
+
+
+def test_pod_that_no_node_takes_is_shown_though_the_first_one_runs() -> None:
+    operator = begun(TWO_PODS)
+    operator.settle()
+    operator.cluster.advance()
+    operator.settle()
+    operator.cluster.start_pods()
+    name = pods_of_task(operator, STAGES[0])[1]["metadata"]["name"]
+    second = operator.cluster.objects["Pod", name]
+    second["status"] = {
+        "phase": "Pending",
+        "conditions": [{"type": "PodScheduled", "status": "False", "message": "no GPU is free"}],
+    }
+    operator.settle()
+    assert operator.status.state == "Queued"
+    messages = [condition.message for condition in operator.status.conditions]
+    assert any("no GPU is free" in message for message in messages)
+
+
+@pytest.mark.parametrize("crash_after", [False, True])
+def test_operator_that_dies_beside_the_service_makes_it_once(crash_after: bool) -> None:
+    operator = begun(TWO_PODS)
+    wanted = begun(TWO_PODS)
+    wanted.finish()
+    number = next(
+        index
+        for index, (verb, what) in enumerate(wanted.cluster.writes, start=1)
+        if verb == "create" and what.startswith("Service/")
+    )
+    operator.cluster.crash_at, operator.cluster.crash_after = number, crash_after
+    assert operator.finish().state == "Succeeded"
+    assert len(operator.cluster.of_kind("Service")) == 1
+    assert operator.jobs == wanted.jobs

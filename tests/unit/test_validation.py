@@ -51,7 +51,11 @@ def test_conflicts_are_all_returned_at_once(manifest: Callable[..., Node]) -> No
             "spec.schedule": {"layersPerStage": 4, "stageCount": 2, "head": "LastStage"},
             "spec.method": {"type": "LoRA", "expand": {}},
             "spec.training": {"batchSize": 10, "microBatchSize": 4},
-            "spec.runtime": {"engine": "DeepSpeed", "tolerations": [{}, {"operator": "Exists"}]},
+            "spec.runtime": {
+                "engine": "Single",
+                "processesPerNode": 2,
+                "tolerations": [{}, {"operator": "Exists"}],
+            },
             "spec.storage": {"claimName": "runs", "storageClassName": "fast", "retain": "Nothing"},
             "spec.serve": {},
         }
@@ -67,8 +71,8 @@ def test_conflicts_are_all_returned_at_once(manifest: Callable[..., Node]) -> No
         ("spec.storage.storageClassName", "Conflict"),
         ("spec.storage.retain", "Conflict"),
         ("spec.runtime.tolerations[0].key", "Conflict"),
+        ("spec.runtime.processesPerNode", "Conflict"),
         ("spec.serve", "NotYetSupported"),
-        ("spec.runtime.engine", "NotYetSupported"),
     ]
 
 
@@ -161,9 +165,9 @@ def test_field_names_are_camel_case_only(manifest: Callable[..., Node]) -> None:
             "both are given",
         ),
         (
-            {"spec.runtime": {"engine": "DeepSpeed"}},
-            "spec.runtime.engine",
-            "use Auto or Single",
+            {"spec.runtime": {"processesPerNode": 17}},
+            "spec.training.microBatchSize",
+            "take fewer processes",
         ),
     ],
 )
@@ -185,7 +189,6 @@ def test_message_shows_the_value_and_what_is_expected(
 @pytest.mark.parametrize(
     ("path", "value"),
     [
-        ("spec.runtime", {"engine": "DeepSpeed"}),
         ("spec.serve", {"replicas": 1}),
         ("spec.model.source", "s3://bucket/model"),
         ("spec.dataset.source", "s3://bucket/rows.jsonl"),

@@ -20,6 +20,7 @@ from typing import NoReturn
 from stagetune_api.names import TrainerExitCode
 from stagetune_api.report import Failure, FailureClass, Outcome, StageReport
 from stagetune_api.stage import StageConfig, Task
+from stagetune_trainer import launch
 from stagetune_trainer.environment import set_up_environment
 from stagetune_trainer.hub_tokens import redacted
 from stagetune_trainer.large_packages import hide_large_packages
@@ -48,8 +49,11 @@ class SignalledStop:
     def watch_standard_input(self) -> None:
         """Stop when standard input ends: its other end is held by the process that waits for us."""
 
+        # Its number is given to another file where this process starts others.
+        descriptor = os.dup(sys.stdin.fileno())
+
         def watch() -> None:
-            while os.read(sys.stdin.fileno(), 1024):
+            while os.read(descriptor, 1024):
                 continue
             # To the main thread, so that it is ended in the middle of a download too.
             os.kill(os.getpid(), signal.SIGTERM)
@@ -83,6 +87,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     report, code = _run(options, stop)
     if report.failure is not None:
         logger.error("%s: %s", report.outcome, report.failure.message)
+    if launch.is_started():
+        launch.leave_outcome(report)
     if options.termination_message is not None:
         code = _write_termination_message(options.termination_message, report, code)
     return int(code)
@@ -147,6 +153,8 @@ def _run(options: argparse.Namespace, stop: SignalledStop) -> tuple[StageReport,
         config = StageConfig.model_validate_json(options.config.read_bytes())
         set_up_environment(config.task)
         hide_large_packages()
+        if config.engine is not None and not launch.is_started():
+            return launch.run_processes(options.config, config, stop, options.metrics_port)
         stop.raises = config.task is not Task.TRAIN
         if stop.raises and stop.requested:
             raise KeyboardInterrupt

@@ -113,6 +113,9 @@ class Fence:
     Files are only ever added, so no two attempts can race on one.
     """
 
+    writes = True
+    """Whether its holder is the process that writes to the volume."""
+
     def __init__(self, directory: Path, attempt: int = 0) -> None:
         """Claim `attempt` in `directory`, or at 0 the next number that is free.
 
@@ -153,6 +156,20 @@ class Fence:
             raise FencedError(
                 f"attempt {newest} has started, so attempt {attempt} may not publish any more"
             )
+
+
+class ReadersFence(Fence):
+    """That of a stage's other processes: they read what the first one writes."""
+
+    writes = False
+
+    def __init__(self) -> None:
+        """Claim nothing."""
+        self.attempt = 0
+
+    def check(self) -> None:
+        """Raise FencedError: nothing is published here."""
+        raise FencedError("only the first process of a stage writes to the volume")
 
 
 def newest_good_checkpoint(

@@ -24,6 +24,7 @@ from stagetune_trainer.loss import AnswerLoss
 from stagetune_trainer.metrics import ProgressLog, peak_memory_bytes
 from stagetune_trainer.model import Numerics
 from stagetune_trainer.protect.objective import ANSWERS, Objective
+from stagetune_trainer.ranks import ALONE, Ranks
 from stagetune_trainer.training_state import LoopState, RandomState, TrainingState
 from stagetune_trainer.update import Update
 
@@ -57,6 +58,8 @@ class StageLoop:
     """Publishes a checkpoint."""
     stop: StopRequest
     log: ProgressLog
+    ranks: Ranks = ALONE
+    """The processes that share the rows of a batch; each runs this loop, and all decide alike."""
 
 
 def train(loop: StageLoop, state: TrainingState) -> None:
@@ -82,14 +85,19 @@ def train(loop: StageLoop, state: TrainingState) -> None:
         batches = loop.micro_batches(progress.step)
         counts = loop.objective.counts(batches)
         learning_rate = learning_rate_at(progress.step, stage, loop.training)
+        loop.ranks.seed_step(loop.training.seed, stage.index, progress.step)
         loop.update.begin(learning_rate)
-        sums: defaultdict[str, float] = defaultdict(float)
-        for batch in batches:
-            if loop.stop.requested:
+        own_sums: defaultdict[str, float] = defaultdict(float)
+        shares = list(loop.ranks.deal(batches))
+        for number, (batch, is_own) in enumerate(shares, start=1):
+            if loop.ranks.any(loop.stop.requested):
                 # The step is given up and will be computed anew from the same random state.
                 _save_and_leave(loop, state, random_state)
-            for name, value in _accumulate(loop, batch, counts).items():
-                sums[name] += value
+            is_last = number == len(shares)
+            found = _accumulate(loop, batch, counts, weight=is_own, is_last=is_last)
+            for name, value in found.items():
+                own_sums[name] += value
+        sums = loop.ranks.sums_by_name(own_sums, counts)
         losses = {name: value / counts[name] for name, value in sums.items()}
         loss = losses[ANSWERS]
         grad_norm = loop.update.gradient_norm()
@@ -101,7 +109,9 @@ def train(loop: StageLoop, state: TrainingState) -> None:
             )
         loop.update.apply()
 
-        seconds = time.monotonic() - started
+        # One clock decides, or processes would differ on when to stop and when to save.
+        now = time.monotonic()
+        seconds, unsaved_seconds = loop.ranks.of_first([now - started, now - saved_at])
         tokens = sum(batch.num_tokens for batch in batches)
         padding = sum(batch.num_padding_tokens for batch in batches)
         progress.step += 1
@@ -124,7 +134,7 @@ def train(loop: StageLoop, state: TrainingState) -> None:
             eta_seconds=progress.train_seconds / progress.step * (stage.steps - progress.step),
             peak_memory_bytes=peak_memory_bytes(loop.numerics.device),
         )
-        if time.monotonic() - saved_at >= loop.training.checkpoint_interval_seconds:
+        if unsaved_seconds >= loop.training.checkpoint_interval_seconds:
             loop.save(state, RandomState.capture())
             saved_at = time.monotonic()
 
@@ -142,16 +152,19 @@ def _save_and_leave(loop: StageLoop, state: TrainingState, random_state: RandomS
     raise InterruptedRunError(f"saved after step {state.loop.step} of {loop.stage.steps}")
 
 
-def _accumulate(loop: StageLoop, batch: Batch, counts: Mapping[str, int]) -> dict[str, float]:
+def _accumulate(
+    loop: StageLoop, batch: Batch, counts: Mapping[str, int], *, weight: bool, is_last: bool
+) -> dict[str, float]:
     """Add a micro-batch's gradients and return the sums of its terms.
 
     Divided by the counts of the whole batch, so that any split into micro-batches gives the
-    gradient of the batch's mean losses.
+    gradient of the batch's mean losses. Without a `weight` it is only computed.
     """
     with loop.numerics.autocast():
         sums = loop.objective.sums(batch)
-    loop.update.backward(loop.objective.weighted(sums, counts))
-    return {name: float(value.detach()) for name, value in sums.items()}
+    loss = loop.objective.weighted(sums, counts)
+    loop.update.backward(loss if weight else 0.0 * loss, is_last=is_last)
+    return {name: float(value.detach()) for name, value in sums.items()} if weight else {}
 
 
 def _said(losses: Mapping[str, float]) -> str:
@@ -167,14 +180,16 @@ def validate(loop: StageLoop) -> float | None:
     model = loop.loss.decoder.model
     training_modules = [module for module in model.modules() if module.training]
     model.train(False)
-    loss_sum, count = 0.0, 0
-    for batch in loop.validation_batches():
-        if loop.stop.requested:
+    loss_sum, count = 0.0, 0.0
+    for batch, is_own in loop.ranks.deal(loop.validation_batches()):
+        if loop.ranks.any(loop.stop.requested):
             return None
         with loop.numerics.autocast():
             batch_loss, batch_count = loop.loss.of(batch)
-        loss_sum += float(batch_loss)
-        count += batch_count
+        if is_own:
+            loss_sum += float(batch_loss)
+            count += batch_count
+    loss_sum, count = loop.ranks.sums([loss_sum, count])
     for module in training_modules:
         module.training = True
     return loss_sum / count

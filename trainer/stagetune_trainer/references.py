@@ -61,6 +61,8 @@ class ReferenceFolder:
         problem = self._problem(directory, reference)
         if problem is None:
             return directory
+        if not self._fence.writes:
+            raise ArtifactError(directory, f"not sound where another process made it: {problem}")
         if directory.exists():
             self._log.message(f"computed anew: {directory}: {problem}")
             # What can be computed again is not worth the disk that a damaged copy takes.

@@ -16,12 +16,13 @@ from stagetune_api.files import write_file_atomically
 from stagetune_api.names import TrainerExitCode
 from stagetune_api.report import Failure, FailureClass, Outcome, StageReport
 from stagetune_api.stage import StageConfig, Task
-from stagetune_trainer.checkpoint import Fence
+from stagetune_trainer.checkpoint import Fence, ReadersFence
 from stagetune_trainer.errors import DivergedError, FencedError, InterruptedRunError, UserError
 from stagetune_trainer.hub_tokens import redacted
 from stagetune_trainer.loop import StopRequest
 from stagetune_trainer.metrics import HistoryFile, ProgressLog, ProgressSink, StandardOutput
 from stagetune_trainer.progress_post import ProgressPoster, ProgressServer
+from stagetune_trainer.ranks import ALONE, is_first, join_ranks, leave_ranks
 from stagetune_trainer.start_clock import StartClock
 
 logger = logging.getLogger(__name__)
@@ -57,6 +58,8 @@ def run_task(
     Never raises for what can go wrong in a task: each failure has a class, and the class a code.
     """
     clock = clock or StartClock()
+    if config.engine is not None and not is_first():
+        return _follow(config, stop, clock)
     layout = task_layout(config)
     try:
         layout.root.mkdir(parents=True, exist_ok=True)
@@ -73,6 +76,17 @@ def run_task(
     with contextlib.suppress(KeyboardInterrupt):
         log.close(report)
     return report, code
+
+
+def _follow(
+    config: StageConfig, stop: StopRequest, clock: StartClock
+) -> tuple[StageReport, TrainerExitCode]:
+    """Do a stage beside the process that writes and reports."""
+    log = ProgressLog(task=config.task, name=task_name(config), attempt=config.attempt, sinks=())
+    try:
+        return _do(config, log, stop, ReadersFence(), clock), TrainerExitCode.SUCCEEDED
+    except (Exception, KeyboardInterrupt) as error:  # noqa: BLE001 - the border of the process
+        return failed(config, error)
 
 
 def _progress_log(
@@ -157,7 +171,10 @@ def _do(
             from stagetune_trainer.train import train_stage
 
             clock.imported()
-            return train_stage(config, log, stop, fence, clock)
+            ranks = join_ranks() if config.engine is not None else ALONE
+            report = train_stage(config, log, stop, fence, clock, ranks)
+            leave_ranks()
+            return report
         case Task.EVALUATE:
             from stagetune_trainer.evaluate import evaluate
 

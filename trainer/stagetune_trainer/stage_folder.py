@@ -32,7 +32,7 @@ from stagetune_trainer.checkpoint import (
     remove_drafts,
 )
 from stagetune_trainer.metrics import ProgressLog
-from stagetune_trainer.training_state import RandomState, TrainingState
+from stagetune_trainer.training_state import RandomState, Snapshot, TrainingState
 
 _STATE_FORMAT = 1
 """Raised when a checkpoint of before can no longer be gone on from."""
@@ -93,6 +93,8 @@ class StageFolder:
         run = names.RunLayout(Path(self.config.run_directory))
         self.layout = run.stage(self.stage.directory)
         self._settings = settings_digest(self.config)
+        if not self.fence.writes:
+            return
         self.layout.checkpoints.mkdir(parents=True, exist_ok=True)
         # Otherwise the drafts of a newer attempt would be removed.
         self.fence.check()
@@ -101,16 +103,12 @@ class StageFolder:
 
     def resume(self, state: TrainingState) -> None:
         """Go on from the newest sound checkpoint of the same settings, if there is one."""
-        found = newest_good_checkpoint(
-            self.layout.checkpoints,
-            settings=self._settings,
-            on_bad=lambda error: self.log.message(f"not used and moved aside: {error}"),
-        )
-        if found is not None:
-            state.load(found[0])
+        path, digest = self._newest_checkpoint()
+        path, digest = map(state.ranks.text_of_first, (path, digest))
+        if path:
+            state.load(Path(path))
             self._saved_step = state.loop.step
             self.earlier_seconds = state.loop.elapsed_seconds
-            path, manifest = found
             step = state.loop.step
             self.log.message(
                 f"going on from step {step} ({path})",
@@ -118,9 +116,23 @@ class StageFolder:
                 total_steps=self.stage.steps,
                 tokens=state.loop.tokens,
                 validation_loss=state.loop.validation_loss,
-                checkpoint=CheckpointRef(path=str(path), digest=manifest.digest, step=step),
+                checkpoint=CheckpointRef(path=path, digest=digest, step=step),
             )
         self.log.forget_after(state.loop.step)
+
+    def _newest_checkpoint(self) -> tuple[str, str]:
+        """Return path and digest of the newest sound one; empty where there is none, or to readers.
+
+        The process that writes tells the others which one it is.
+        """
+        if not self.fence.writes:
+            return "", ""
+        found = newest_good_checkpoint(
+            self.layout.checkpoints,
+            settings=self._settings,
+            on_bad=lambda error: self.log.message(f"not used and moved aside: {error}"),
+        )
+        return ("", "") if found is None else (str(found[0]), found[1].digest)
 
     def save(self, state: TrainingState, random_state: RandomState) -> None:
         """Publish a checkpoint, unless this step's is on the disk already."""
@@ -128,15 +140,22 @@ class StageFolder:
         if step == self._saved_step:
             return
         state.loop.elapsed_seconds = self.earlier_seconds + time.monotonic() - self.started
+        snapshot = state.snapshot()
+        if self.fence.writes:
+            self._publish_checkpoint(snapshot, step, random_state)
+        self._saved_step = step
+        # Nobody leaves before it is there: a launcher ends the others soon after the first.
+        state.ranks.wait()
+
+    def _publish_checkpoint(self, snapshot: Snapshot, step: int, random_state: RandomState) -> None:
         final = self.layout.checkpoints / names.checkpoint_directory_name(step)
         manifest = publish_directory(
             final,
-            lambda draft: state.save(draft, random_state),
+            lambda draft: snapshot.write(draft, random_state),
             content=lambda files: self._content(ArtifactKind.CHECKPOINT, step, files),
             provenance=provenance_of(self.config.run_name, self.config.attempt),
             before_rename=self.fence.check,
         )
-        self._saved_step = step
         prune_checkpoints(self.layout.checkpoints)
         self.log.write(
             ProgressKind.CHECKPOINT,

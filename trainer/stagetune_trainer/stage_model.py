@@ -105,10 +105,22 @@ class StageModelLoader:
             gc.collect()
             decoder = self._decoder(outputs, first=0)
             window = LayerWindow(decoder)
-        on_cpu = self.numerics.device.type == "cpu"
-        if prefix is None and first > 0 and on_cpu and _can_be_cut(decoder, window, first):
+        if (
+            prefix is None
+            and self._computes_row_by_row(first)
+            and _can_be_cut(decoder, window, first)
+        ):
             prefix = ComputedStates(window, first, self.numerics)
         return StageModel(decoder=decoder, window=window, prefix=prefix, first=first)
+
+    def _computes_row_by_row(self, first: int) -> bool:
+        """Whether the prefix of each row is computed from that row alone: on a CPU.
+
+        Not where processes have to make every pass together: their rows are not equally many.
+        """
+        engine = self.config.engine
+        is_partitioned = engine is not None and engine.zero_stage == 3
+        return first > 0 and self.numerics.device.type == "cpu" and not is_partitioned
 
     def _cached(
         self, cache: PrefixCache, window: LayerWindow, decoder: Decoder, first: int, below: int

@@ -1,6 +1,9 @@
 """The Train task: one stage, from its verified parent to its published output."""
 
+from collections.abc import Sequence
+
 import torch
+from torch import nn
 
 from stagetune_api.progress import ProgressKind
 from stagetune_api.report import CheckpointRef, Outcome, StageReport, TrainResult
@@ -8,32 +11,40 @@ from stagetune_api.stage import PlannedStage, StageConfig, Task
 from stagetune_api.training_spec import GradientCheckpointing
 from stagetune_trainer.checkpoint import Fence
 from stagetune_trainer.data.ahead import BatchesAhead
+from stagetune_trainer.data.batch import Batch
 from stagetune_trainer.data.batches import open_training_rows, open_validation_rows
-from stagetune_trainer.decoder import checkpoint_activations, freeze_prefix
+from stagetune_trainer.decoder import Decoder, checkpoint_activations, freeze_prefix
 from stagetune_trainer.loop import StageLoop, StopRequest, train
 from stagetune_trainer.loss import AnswerLoss
 from stagetune_trainer.methods import Method, make_method
 from stagetune_trainer.methods.adapters import keep_earlier_adapters_still
 from stagetune_trainer.metrics import ProgressLog, peak_memory_bytes
-from stagetune_trainer.model import choose_numerics
+from stagetune_trainer.model import Numerics, choose_numerics
 from stagetune_trainer.optimizers import choose_master_dtype, make_optimizer
 from stagetune_trainer.packing_check import check_packing
 from stagetune_trainer.protect.meters import Meters
 from stagetune_trainer.protect.protection import Protection
+from stagetune_trainer.ranks import ALONE, Ranks
 from stagetune_trainer.stage_folder import StageFolder
 from stagetune_trainer.stage_model import StageModel, StageModelLoader
 from stagetune_trainer.start_clock import StartClock
-from stagetune_trainer.training_state import TrainingState
-from stagetune_trainer.update import make_update
+from stagetune_trainer.training_state import HeldTensors, TrainingState, WholeTensors
+from stagetune_trainer.update import Update, make_update
 
 
 def train_stage(
-    config: StageConfig, log: ProgressLog, stop: StopRequest, fence: Fence, clock: StartClock
+    config: StageConfig,
+    log: ProgressLog,
+    stop: StopRequest,
+    fence: Fence,
+    clock: StartClock,
+    ranks: Ranks = ALONE,
 ) -> StageReport:
     """Train the stage that `config` names and publish its output.
 
     Goes on from the newest sound checkpoint of the same settings. Raises ArtifactError for a
-    damaged parent, DivergedError, InterruptedRunError after saving, FencedError.
+    damaged parent, DivergedError, InterruptedRunError after saving, FencedError. Where `ranks` are
+    several, all of them call this together; what the first one returns counts.
     """
     stage = config.stage
     if stage is None:
@@ -42,27 +53,36 @@ def train_stage(
     numerics = choose_numerics(config.training.precision)
     method = make_method(config.method, choose_master_dtype(config.training, numerics))
     protection = Protection(config, stage, numerics, fence=fence, log=log, stop=stop)
-    model = StageModelLoader(
-        config=config,
-        stage=stage,
-        method=method,
-        numerics=numerics,
-        protection=protection,
-        fence=fence,
-        log=log,
-        stop=stop,
-    ).load()
+    with ranks.first_goes_ahead():
+        model = StageModelLoader(
+            config=config,
+            stage=stage,
+            method=method,
+            numerics=numerics,
+            protection=protection,
+            fence=fence,
+            log=log,
+            stop=stop,
+        ).load()
     decoder = model.decoder
     if config.training.packing:
         check_packing(decoder, model.window, model.lowest_loaded)
     # Both look at how the decoder computes; below the cache it cannot.
     with model.window.probing(model.lowest_loaded):
         loss = AnswerLoss(decoder, model.prefix)
-        state = _open_stage(model, method, config, stage)
+        parameters = _open_stage(model, method, config, stage)
+    num_trainable = sum(value.numel() for value in parameters.values())
+    held, update = _take_over(parameters, decoder, config, numerics, ranks)
+    state = TrainingState(
+        held=held,
+        names=frozenset(parameters),
+        ranks=ranks,
+        keeps_best=config.training.early_stopping is not None,
+    )
     folder.resume(state)
     micro_batches = protection.micro_batches(open_training_rows(config, stage))
     ahead = BatchesAhead(
-        lambda step: [model.read_ahead(batch) for batch in micro_batches(step)], steps=stage.steps
+        lambda step: _read_ahead(micro_batches(step), model, ranks), steps=stage.steps
     )
     loop = StageLoop(
         stage=stage,
@@ -70,37 +90,46 @@ def train_stage(
         numerics=numerics,
         loss=loss,
         objective=protection.objective(loss),
-        update=make_update(config.training, state.parameters, state.optimizer),
+        update=update,
         micro_batches=ahead.of,
         validation_batches=open_validation_rows(config).batches,
         save=folder.save,
         stop=stop,
         log=log,
+        ranks=ranks,
     )
-    meters = protection.meters(loss)
+    meters = protection.meters(loss, ranks)
     clock.loaded()
     _measure_base(meters, state, stage, log)
     with ahead:
         train(loop, state)
     measured = _measure(meters, state, log)
-    trained = {name: value.detach().cpu() for name, value in state.parameters.items()}
-    manifest = folder.publish_output(method.output(decoder, trained), state.loop.step)
+    trained = state.held.parameters()
+    output = None
+    if ranks.is_first:
+        manifest = folder.publish_output(method.output(decoder, trained), state.loop.step)
+        output = CheckpointRef(
+            path=str(folder.layout.output), digest=manifest.digest, step=state.loop.step
+        )
     protection.close()
     model.close()
-    output = CheckpointRef(
-        path=str(folder.layout.output), digest=manifest.digest, step=state.loop.step
-    )
     return StageReport(
         task=Task.TRAIN,
         name=stage.name,
         attempt=config.attempt,
         outcome=Outcome.SUCCEEDED,
         seconds=folder.earlier_seconds,
-        peak_memory_bytes=peak_memory_bytes(numerics.device),
+        peak_memory_bytes=ranks.highest(peak_memory_bytes(numerics.device)),
         device=numerics.device.type,
         output=output,
-        train=_result(state, stage).model_copy(update=measured),
+        train=_result(state, stage, num_trainable).model_copy(update=measured),
     )
+
+
+def _read_ahead(batches: Sequence[Batch], model: StageModel, ranks: Ranks) -> list[Batch]:
+    """Return `batches`, those that this process computes with what their passes begin with."""
+    own = {id(batch) for batch, _ in ranks.deal(batches)}
+    return [model.read_ahead(batch) if id(batch) in own else batch for batch in batches]
 
 
 def _measure_base(
@@ -127,8 +156,8 @@ def _measure(meters: Meters, state: TrainingState, log: ProgressLog) -> dict[str
 
 def _open_stage(
     model: StageModel, method: Method, config: StageConfig, stage: PlannedStage
-) -> TrainingState:
-    """Open the stage's parameters and cut the prefix off; the optimizer is built last."""
+) -> dict[str, nn.Parameter]:
+    """Open the stage's parameters, cut the prefix off, and return them by the method's names."""
     decoder, first = model.decoder, model.first
     torch.manual_seed(config.training.seed * 1000003 + stage.index)
     parameters = method.open(decoder, stage)
@@ -137,14 +166,37 @@ def _open_stage(
         checkpoint_activations(decoder, first)
     freeze_prefix(decoder, first, embeddings_train=stage.embeddings)
     keep_earlier_adapters_still(decoder)
-    return TrainingState(
-        parameters=parameters,
-        optimizer=make_optimizer(parameters, config.training),
-        keeps_best=config.training.early_stopping is not None,
+    return parameters
+
+
+def _take_over(
+    parameters: dict[str, nn.Parameter],
+    decoder: Decoder,
+    config: StageConfig,
+    numerics: Numerics,
+    ranks: Ranks,
+) -> tuple[HeldTensors, Update]:
+    """Build the optimizer, last of all, and return who holds and who updates what trains."""
+    training = config.training
+    optimizer = make_optimizer(parameters, training)
+    if config.engine is None:
+        return WholeTensors(parameters, optimizer), make_update(training, parameters, optimizer)
+    # Imported here: one process alone does without.
+    from stagetune_trainer.engines.deepspeed import share_stage
+
+    shared = share_stage(
+        config.engine,
+        decoder,
+        parameters,
+        optimizer,
+        numerics,
+        ranks,
+        max_grad_norm=training.max_grad_norm,
     )
+    return shared, shared
 
 
-def _result(state: TrainingState, stage: PlannedStage) -> TrainResult:
+def _result(state: TrainingState, stage: PlannedStage, num_trainable: int) -> TrainResult:
     progress = state.loop
     handed_on = progress.best_validation_loss if state.keeps_best else progress.validation_loss
     if progress.initial_validation_loss is None or handed_on is None:
@@ -158,7 +210,7 @@ def _result(state: TrainingState, stage: PlannedStage) -> TrainResult:
         loss=progress.loss,
         initial_validation_loss=progress.initial_validation_loss,
         validation_loss=handed_on,
-        trainable_parameters=sum(value.numel() for value in state.parameters.values()),
+        trainable_parameters=num_trainable,
         tokens=progress.tokens,
         tokens_per_second=progress.tokens / max(progress.train_seconds, 1e-9),
         train_seconds=progress.train_seconds,

@@ -8,6 +8,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -16,6 +17,7 @@ from torch.optim import Optimizer
 
 from stagetune_api import names
 from stagetune_api.report import StopReason
+from stagetune_trainer.ranks import ALONE, Ranks
 
 
 @dataclass(kw_only=True)
@@ -58,82 +60,146 @@ class LoopState:
     """Loss of the base model on general text; only where the first stage has measured it."""
 
 
+class HeldTensors(Protocol):
+    """What trains and its optimizer's state, however they are held.
+
+    Where several processes hold parts, all call each of these together. The first one gets and
+    gives the whole tensors; the others get nothing, and what they give is not looked at.
+    """
+
+    def parameters(self, *, copy: bool = False) -> dict[str, Tensor]:
+        """Return the parameters in host memory; a `copy` stays as it is when they change."""
+
+    def set_parameters(self, tensors: Mapping[str, Tensor]) -> None:
+        """Overwrite the parameters with those of `tensors`, all or none."""
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """Return the optimizer's state in host memory as `<parameter>.<key>`."""
+
+    def set_optimizer_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Overwrite the optimizer's state; without tensors it is that before the first step."""
+
+
+class WholeTensors:
+    """Everything in this process, as torch's optimizer holds it."""
+
+    def __init__(self, parameters: Mapping[str, nn.Parameter], optimizer: Optimizer) -> None:
+        self._parameters = parameters
+        self._optimizer = optimizer
+
+    def parameters(self, *, copy: bool = False) -> dict[str, Tensor]:
+        """Return the parameters in host memory."""
+        return {
+            name: value.detach().to("cpu", copy=copy) for name, value in self._parameters.items()
+        }
+
+    @torch.no_grad()
+    def set_parameters(self, tensors: Mapping[str, Tensor]) -> None:
+        """Overwrite the parameters with those of `tensors`."""
+        for name, tensor in tensors.items():
+            self._parameters[name].copy_(tensor)
+
+    def optimizer_state(self) -> dict[str, Tensor]:
+        """Return the optimizer's state as `<parameter>.<key>`."""
+        return {
+            f"{name}.{key}": torch.as_tensor(value).detach().cpu()
+            for name, parameter in self._parameters.items()
+            for key, value in self._optimizer.state[parameter].items()
+        }
+
+    def set_optimizer_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Overwrite the optimizer's state."""
+        for name, parameter in self._parameters.items():
+            self._optimizer.state[parameter] = {
+                key: value.to(parameter.device) for key, value in state_of(name, tensors).items()
+            }
+
+
+def state_of(parameter: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return what of an optimizer's state belongs to the parameter of that name, by key."""
+    prefix = f"{parameter}."
+    return {
+        key.removeprefix(prefix): value
+        for key, value in tensors.items()
+        if key.startswith(prefix) and "." not in key.removeprefix(prefix)
+    }
+
+
 @dataclass(kw_only=True)
 class TrainingState:
     """All that changes while a stage trains."""
 
-    parameters: dict[str, nn.Parameter]
-    """The stage's trainable parameters, fp32 or bf16, by the method's stable names."""
-    optimizer: Optimizer
-    """Built after freezing, over exactly `parameters`."""
+    held: HeldTensors
+    """The stage's trainable parameters, fp32 or bf16, by the method's stable names, and the
+    optimizer's state of exactly these."""
+    names: frozenset[str]
+    """Names of the parameters."""
+    ranks: Ranks = ALONE
+    """The processes that hold them; the first one reads and writes checkpoints."""
     loop: LoopState = field(default_factory=LoopState)
     """Where the loop stands."""
     keeps_best: bool = False
     """Whether the best parameters are kept and handed on instead of the last ones."""
     best: dict[str, Tensor] = field(default_factory=dict)
-    """Copies of the parameters at `loop.best_step`; empty unless `keeps_best`."""
+    """Copies of the parameters at `loop.best_step`, in the first process; empty unless
+    `keeps_best`."""
 
     def keep_best(self) -> None:
         """Remember the present parameters as the best, in host memory."""
-        self.best = {
-            name: value.detach().to("cpu", copy=True) for name, value in self.parameters.items()
-        }
+        self.best = self.held.parameters(copy=True)
 
-    @torch.no_grad()
     def restore_best(self) -> None:
         """Put the best parameters back in place, where they are kept."""
-        for name, tensor in self.best.items():
-            self.parameters[name].copy_(tensor)
+        if self.keeps_best:
+            self.held.set_parameters(self.best)
 
-    def save(self, directory: Path, random_state: "RandomState") -> None:
-        """Write everything into `directory`."""
-        save_file(_on_cpu(self.parameters), directory / names.WEIGHTS_FILE)
-        if self.best and self.loop.best_step != self.loop.step:
-            save_file(_on_cpu(self.best), directory / names.BEST_WEIGHTS_FILE)
-        save_file(self._optimizer_tensors(), directory / names.OPTIMIZER_FILE)
-        save_file(random_state.tensors, directory / names.RANDOM_STATE_FILE)
-        text = json.dumps(asdict(self.loop), indent=2)
-        (directory / names.LOOP_STATE_FILE).write_text(text, encoding="utf-8")
+    def snapshot(self) -> "Snapshot":
+        """Return the present state; all processes call this together."""
+        return Snapshot(
+            loop=asdict(self.loop),
+            parameters=self.held.parameters(),
+            optimizer=self.held.optimizer_state(),
+            best=self.best if self.loop.best_step != self.loop.step else {},
+        )
 
-    @torch.no_grad()
     def load(self, directory: Path) -> None:
-        """Read what `save` wrote, and set torch's random state."""
-        weights = load_file(directory / names.WEIGHTS_FILE)
-        if weights.keys() != self.parameters.keys():
+        """Read what a snapshot wrote, and set torch's random state."""
+        weights = load_file(directory / names.WEIGHTS_FILE) if self.ranks.is_first else {}
+        if self.ranks.is_first and weights.keys() != self.names:
             raise ValueError(f"{directory} holds other parameters than this stage trains")
-        for name, parameter in self.parameters.items():
-            parameter.copy_(weights[name])
+        self.held.set_parameters(weights)
         text = (directory / names.LOOP_STATE_FILE).read_text(encoding="utf-8")
         fields = json.loads(text)
         if fields.get("stopped_by") is not None:
             fields["stopped_by"] = StopReason(fields["stopped_by"])
         self.loop = LoopState(**fields)
-        best = directory / names.BEST_WEIGHTS_FILE
-        if best.exists():
-            self.best = load_file(best)
-        elif self.keeps_best:
-            self.keep_best()
-        self._load_optimizer(load_file(directory / names.OPTIMIZER_FILE))
+        if self.keeps_best and self.ranks.is_first:
+            best = directory / names.BEST_WEIGHTS_FILE
+            self.best = load_file(best) if best.exists() else weights
+        path = directory / names.OPTIMIZER_FILE
+        self.held.set_optimizer_state(load_file(path) if self.ranks.is_first else {})
         RandomState(load_file(directory / names.RANDOM_STATE_FILE)).restore()
 
-    def _optimizer_tensors(self) -> dict[str, Tensor]:
-        return {
-            f"{name}.{key}": torch.as_tensor(value).detach().cpu().contiguous()
-            for name, parameter in self.parameters.items()
-            for key, value in self.optimizer.state[parameter].items()
-        }
 
-    def _load_optimizer(self, tensors: Mapping[str, Tensor]) -> None:
-        for name, parameter in self.parameters.items():
-            prefix = f"{name}."
-            state = {
-                key.removeprefix(prefix): value
-                for key, value in tensors.items()
-                if key.startswith(prefix) and "." not in key.removeprefix(prefix)
-            }
-            self.optimizer.state[parameter] = {
-                key: value.to(parameter.device) for key, value in state.items()
-            }
+@dataclass(frozen=True, kw_only=True)
+class Snapshot:
+    """The training state of one moment, in the process that writes it."""
+
+    loop: dict[str, object]
+    parameters: dict[str, Tensor]
+    optimizer: dict[str, Tensor]
+    best: dict[str, Tensor]
+    """The best parameters so far, where they are not `parameters`."""
+
+    def write(self, directory: Path, random_state: "RandomState") -> None:
+        """Write everything into `directory`."""
+        save_file(_contiguous(self.parameters), directory / names.WEIGHTS_FILE)
+        if self.best:
+            save_file(_contiguous(self.best), directory / names.BEST_WEIGHTS_FILE)
+        save_file(_contiguous(self.optimizer), directory / names.OPTIMIZER_FILE)
+        save_file(random_state.tensors, directory / names.RANDOM_STATE_FILE)
+        text = json.dumps(self.loop, indent=2)
+        (directory / names.LOOP_STATE_FILE).write_text(text, encoding="utf-8")
 
 
 class RandomState:
@@ -157,5 +223,5 @@ class RandomState:
             torch.cuda.set_rng_state(self.tensors["cuda"])
 
 
-def _on_cpu(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+def _contiguous(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.contiguous() for name, value in tensors.items()}

@@ -24,8 +24,11 @@ class Update(Protocol):
     def begin(self, learning_rate: float) -> None:
         """Begin a step that is taken at `learning_rate`."""
 
-    def backward(self, loss: Tensor) -> None:
-        """Compute the gradients of `loss`, a scalar; of several losses their sum counts."""
+    def backward(self, loss: Tensor, *, is_last: bool = True) -> None:
+        """Compute the gradients of `loss`, a scalar; of several losses their sum counts.
+
+        `is_last` says that no other loss of the step follows.
+        """
 
     def gradient_norm(self) -> float:
         """Return the norm of all gradients of the step before clipping, and clip them."""
@@ -63,7 +66,7 @@ class AccumulatedUpdate:
         """Set the rate."""
         _set_rate(self._optimizer, learning_rate)
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor, *, is_last: bool = True) -> None:
         """Add the gradients of `loss` to those of the step's other micro-batches."""
         loss.backward()  # type: ignore[no-untyped-call]
 
@@ -101,7 +104,7 @@ class BackwardUpdate:
         _set_rate(self._optimizer, learning_rate)
         self._squared_norm = 0.0
 
-    def backward(self, loss: Tensor) -> None:
+    def backward(self, loss: Tensor, *, is_last: bool = True) -> None:
         """Compute the gradients of `loss` and update with each, unless the loss is not finite."""
         if math.isfinite(float(loss.detach())):
             loss.backward()  # type: ignore[no-untyped-call]

@@ -84,7 +84,7 @@ app.kubernetes.io/component: trainer
   resources: [pods]
   verbs: [list, watch]
 - apiGroups: [""]
-  resources: [configmaps, persistentvolumeclaims]
+  resources: [configmaps, persistentvolumeclaims, services]
   verbs: [get, create]
 - apiGroups: [""]
   resources: [events]

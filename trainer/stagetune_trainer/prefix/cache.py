@@ -86,7 +86,7 @@ class PrefixCache:
         From the tokens where `below` is 0. False where the disk has no room for them and for what
         the stage saves. Raises what `before_batch` raises, FencedError, OSError.
         """
-        if not self._has_room():
+        if not self._fence.writes or not self._has_room():
             return False
         earlier = self.states(window, below) if below else None
 
@@ -111,6 +111,8 @@ class PrefixCache:
 
     def remove_others(self, first: int) -> None:
         """Remove the states at every border but `first`."""
+        if not self._fence.writes:
+            return
         for border in self._borders():
             if border != first:
                 self._fence.check()

@@ -16,6 +16,7 @@ from stagetune_trainer.loss import AnswerLoss
 from stagetune_trainer.model import Numerics
 from stagetune_trainer.protect.distillation import answer_sums
 from stagetune_trainer.protect.teacher import Teacher
+from stagetune_trainer.ranks import ALONE, Ranks
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +32,8 @@ class Meters:
     """Text that is not trained on; None where the manifest names none."""
     is_asked_to_stop: Callable[[], bool]
     """A stage that is done and asked to leave has no time for meters."""
+    ranks: Ranks = ALONE
+    """The processes that share the rows."""
 
     def general_loss(self) -> float | None:
         """Return the loss on general text, mean over tokens, in nats."""
@@ -56,18 +59,20 @@ class Meters:
         model = self.loss.decoder.model
         training_modules = [module for module in model.modules() if module.training]
         model.train(False)
-        total, count = 0.0, 0
+        total, count = 0.0, 0.0
         try:
-            for batch in rows.batches():
+            for batch, is_own in self.ranks.deal(rows.batches()):
                 if self.is_asked_to_stop():
                     return None
                 with self.numerics.autocast():
                     batch_sum, batch_count = measure(batch)
-                total += float(batch_sum)
-                count += batch_count
+                if is_own:
+                    total += float(batch_sum)
+                    count += batch_count
         finally:
             for module in training_modules:
                 module.training = True
+        total, count = self.ranks.sums([total, count])
         return total / count
 
 
@@ -77,6 +82,7 @@ def open_meters(
     numerics: Numerics,
     teacher: Teacher,
     is_asked_to_stop: Callable[[], bool],
+    ranks: Ranks,
 ) -> Meters:
     """Return the meters of a stage."""
     return Meters(
@@ -86,4 +92,5 @@ def open_meters(
         validation=open_validation_rows(config),
         general=open_general_rows(config) if config.evaluation.general_text is not None else None,
         is_asked_to_stop=is_asked_to_stop,
+        ranks=ranks,
     )

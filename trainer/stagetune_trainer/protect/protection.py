@@ -27,6 +27,7 @@ from stagetune_trainer.protect.meters import Meters, open_meters
 from stagetune_trainer.protect.objective import Objective
 from stagetune_trainer.protect.replay import RowsWithReplay, open_replay_rows
 from stagetune_trainer.protect.teacher import METER_TOP_K, Teacher, TeacherSpec, open_teacher
+from stagetune_trainer.ranks import Ranks
 from stagetune_trainer.references import ReferenceFolder
 
 
@@ -78,9 +79,10 @@ class Protection:
 
         Raises FencedError, InterruptedRunError when asked to stop, OSError as the file system does.
         """
-        self._cache.mkdir(parents=True, exist_ok=True)
-        self._fence.check()
-        remove_drafts(self._cache)
+        if self._fence.writes:
+            self._cache.mkdir(parents=True, exist_ok=True)
+            self._fence.check()
+            remove_drafts(self._cache)
         self._meter_teacher = self._open_teacher(decoder, Split.VALIDATION, METER_TOP_K)
         if self._distillation is not None:
             top_k = self._distillation.top_k
@@ -125,12 +127,17 @@ class Protection:
         replay = open_replay_rows(self._config, self._stage, self._replay)
         return RowsWithReplay(rows, replay).micro_batches
 
-    def meters(self, loss: AnswerLoss) -> Meters:
+    def meters(self, loss: AnswerLoss, ranks: Ranks) -> Meters:
         """Return what is measured beside the validation loss; after `look_at_base`."""
         if self._meter_teacher is None:
             raise ValueError("the base model was not looked at")
         return open_meters(
-            self._config, loss, self._numerics, self._meter_teacher, lambda: self._stop.requested
+            self._config,
+            loss,
+            self._numerics,
+            self._meter_teacher,
+            lambda: ranks.any(self._stop.requested),
+            ranks,
         )
 
     def close(self) -> None:
@@ -142,7 +149,7 @@ class Protection:
             # A network file system keeps a file that is open, and the folder with it.
             self._opened_anchor.close()
         anchor = names.StageLayout(self._stage_root).anchor
-        if anchor.exists():
+        if self._fence.writes and anchor.exists():
             self._fence.check()
             try:
                 shutil.rmtree(anchor)
