@@ -3,6 +3,7 @@
 import errno
 import json
 import shutil
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from stagetune_api import names
 from stagetune_api.names import TrainerExitCode
 from stagetune_api.report import Outcome, StageReport
 from stagetune_api.stage import StageConfig
-from stagetune_trainer import stage_model, tail_model
+from stagetune_trainer import model, stage_model, tail_model
 from stagetune_trainer.prefix.cache import PrefixCache
 from stagetune_trainer.run import run_task
 from stagetune_trainer.tensor_file import TensorFileWriter
@@ -157,22 +158,32 @@ def test_a_cache_is_carried_on_from_the_border_before(
     make_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Only the layers in between are run, and only what lies above is loaded."""
-    loaded: list[int] = []
-    load = tail_model.load_tail
-
-    def spy(directory: Path, dtype: torch.dtype, first: int) -> Any:
-        loaded.append(first)
-        return load(directory, dtype, first)
-
-    monkeypatch.setattr("stagetune_trainer.model.load_tail", spy)
+    loaded = spied_parts(monkeypatch)
     run = make_run("run")
     run.stage(0, 0, 0)
-    run.stage(1, 1, 1, **CACHED)
     assert loaded == []
+    run.stage(1, 1, 1, **CACHED)
+    assert loaded == [(0, 1), (1, None)]
     assert run.caches() == ["prefix-1"]
     run.stage(2, 3, 3, **CACHED)
-    assert loaded == [1]
+    assert loaded[2:] == [(1, 3), (3, None)]
     assert run.caches() == ["prefix-3"]
+
+
+def spied_parts(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int | None]]:
+    """The list that every part of a model which is loaded is written into: layers from, up to."""
+    loaded: list[tuple[int, int | None]] = []
+    before: list[weakref.ref[Any]] = []
+
+    def spy(directory: Path, dtype: torch.dtype, first: int, stop: int | None = None) -> Any:
+        assert all(reference() is None for reference in before), "two models are in memory"
+        loaded.append((first, stop))
+        part = tail_model.load_part(directory, dtype, first, stop)
+        before.append(weakref.ref(part))
+        return part
+
+    monkeypatch.setattr(model, "load_part", spy)
+    return loaded
 
 
 def only_cache(run: Run) -> Path:
@@ -273,26 +284,26 @@ def test_a_disk_that_is_nearly_full_keeps_its_room_for_checkpoints(
     assert "no prefix cache: it and the stage's checkpoints take" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("loads_a_tail", [True, False])
+@pytest.mark.parametrize("base_is_asked", [True, False])
 def test_without_a_cache_the_model_is_loaded_once_more_only_where_it_has_to_be(
-    loads_a_tail: bool, make_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
+    base_is_asked: bool, make_run: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = make_run("run")
     run.stage(0, 0, 0)
-    if loads_a_tail:
-        run.stage(1, 1, 1, **CACHED)
-    loaded: list[int] = []
-    load = stage_model.load_base
+    loaded: list[tuple[int, int | None]] = []
+    load = stage_model.load_verified
 
-    def spy(*args: Any, first: int) -> Any:
-        loaded.append(first)
-        return load(*args, first=first)
+    def spy(*args: Any, first: int, stop: int | None) -> Any:
+        loaded.append((first, stop))
+        return load(*args, first=first, stop=stop)
 
-    monkeypatch.setattr(stage_model, "load_base", spy)
+    monkeypatch.setattr(stage_model, "load_verified", spy)
     monkeypatch.setattr(PrefixCache, "obtain", lambda *args: False)
     index = len(run.reports)
+    if base_is_asked:
+        shutil.rmtree(run.root / "cache/teacher-validation")
     run.stage(index, 3, 3, **CACHED)
-    assert loaded == ([1, 0] if loads_a_tail else [0])
+    assert loaded == ([(0, None)] if base_is_asked else [(0, 3), (0, None)])
 
 
 def test_a_smaller_micro_batch_reads_the_cache_that_is_there(make_run: Callable[..., Run]) -> None:

@@ -17,7 +17,13 @@ from transformers.models.llama.modeling_llama import LlamaMLP
 from stagetune_trainer.decoder import Decoder, find_decoder
 from stagetune_trainer.loss import AnswerLoss
 from stagetune_trainer.prefix.window import LayerWindow, WindowError
-from stagetune_trainer.tail_model import drop_below, load_tail, lowest_loaded
+from stagetune_trainer.tail_model import (
+    drop_below,
+    is_whole,
+    layers_without_weights,
+    load_part,
+    lowest_loaded,
+)
 
 FAMILIES = ["llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "phi", "phi3"]
 TYPES = [torch.float32, torch.bfloat16]
@@ -68,7 +74,7 @@ def test_a_model_with_weights_above_a_border_computes_as_the_whole(
     tokens = some_tokens()
     states = LayerWindow(whole).run(tokens, stop=first)
     expected = hidden(whole, tokens)
-    model = load_tail(directory, dtype, first)
+    model = load_part(directory, dtype, first)
     assert model is not None
     tail = find_decoder(model)
     assert lowest_loaded(tail) == first
@@ -85,6 +91,26 @@ def test_a_model_with_weights_above_a_border_computes_as_the_whole(
         assert torch.equal(hidden(tail, tokens), expected)
         logits = tail.model(input_ids=tokens).logits
     assert torch.equal(logits, whole.model(input_ids=tokens).logits)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("below", [0, 1])
+def test_the_layers_between_two_borders_compute_as_in_the_whole(
+    below: int, family: str, make_tiny_model: MakeModel
+) -> None:
+    directory = make_tiny_model(family)
+    whole, tokens = LayerWindow(find_decoder(load(directory))), some_tokens()
+    states = whole.run(tokens, stop=below) if below else None
+    expected = whole.run(tokens, stop=3)
+    model = load_part(directory, torch.float32, below, 3)
+    assert model is not None
+    part = find_decoder(model)
+    assert layers_without_weights(part) == {*range(below), 3}
+    assert part.embeddings.weight.is_meta is (below > 0)
+    assert part.head_weight.is_meta is (below > 0 or not part.is_tied)
+    assert not is_whole(part)
+    found = LayerWindow(part).run(tokens, start=below, states=states, stop=3)
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -107,7 +133,7 @@ def test_a_sharded_model_is_loaded_from_the_files_that_hold_its_upper_layers(
 ) -> None:
     load(make_tiny_model("llama")).save_pretrained(tmp_path, max_shard_size="40KB")
     assert (tmp_path / "model.safetensors.index.json").exists()
-    model = load_tail(tmp_path, torch.float32, 2)
+    model = load_part(tmp_path, torch.float32, 2)
     assert model is not None
     whole = load(tmp_path)
     above = "model.layers.2.mlp.up_proj.weight"
@@ -119,7 +145,7 @@ def test_a_model_whose_files_name_its_weights_otherwise_is_not_loaded_in_part(
 ) -> None:
     model = load(make_tiny_model("llama"))
     model.model.save_pretrained(tmp_path)
-    assert load_tail(tmp_path, torch.float32, 2) is None
+    assert load_part(tmp_path, torch.float32, 2) is None
 
 
 def test_a_model_that_keeps_more_than_parameters_is_not_loaded_in_part(
@@ -133,14 +159,14 @@ def test_a_model_that_keeps_more_than_parameters_is_not_loaded_in_part(
         module.register_buffer("bias", torch.zeros(3))
 
     monkeypatch.setattr(LlamaMLP, "__init__", with_a_buffer)
-    assert load_tail(make_tiny_model("llama"), torch.float32, 2) is None
+    assert load_part(make_tiny_model("llama"), torch.float32, 2) is None
 
 
 def test_a_model_with_a_type_of_its_own_for_some_weights_is_not_loaded_in_part(
     make_tiny_model: MakeModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(LlamaForCausalLM, "_keep_in_fp32_modules_strict", ["norm"])
-    assert load_tail(make_tiny_model("llama"), torch.bfloat16, 2) is None
+    assert load_part(make_tiny_model("llama"), torch.bfloat16, 2) is None
 
 
 def test_a_file_with_two_matrices_for_a_tied_one_is_not_loaded_in_part(
@@ -149,13 +175,13 @@ def test_a_file_with_two_matrices_for_a_tied_one_is_not_loaded_in_part(
     """transformers leaves the two apart then."""
     directory = tmp_path / "model"
     shutil.copytree(make_tiny_model("llama", tie_word_embeddings=True), directory)
-    assert load_tail(directory, torch.float32, 2) is not None
+    assert load_part(directory, torch.float32, 2) is not None
     tensors = load_file(directory / "model.safetensors")
     other = tensors["model.embed_tokens.weight"] + 1
     save_file(
         {**tensors, "lm_head.weight": other}, directory / "model.safetensors", {"format": "pt"}
     )
-    assert load_tail(directory, torch.float32, 2) is None
+    assert load_part(directory, torch.float32, 2) is None
 
 
 def test_weights_that_are_dropped_leave_the_memory(make_tiny_model: MakeModel) -> None:
@@ -174,7 +200,7 @@ def test_weights_that_are_dropped_leave_the_memory(make_tiny_model: MakeModel) -
 def test_the_head_is_checked_without_what_lies_below(make_tiny_model: MakeModel) -> None:
     """A soft cap is the model's own; the check finds it in the upper layers alone."""
     directory = make_tiny_model("gemma2")
-    model = load_tail(directory, torch.float32, 2)
+    model = load_part(directory, torch.float32, 2)
     assert model is not None
     tail = find_decoder(model)
     window = LayerWindow(tail)

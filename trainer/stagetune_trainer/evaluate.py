@@ -31,7 +31,8 @@ from stagetune_trainer.data.batches import (
 )
 from stagetune_trainer.decoder import Decoder
 from stagetune_trainer.loss import AnswerLoss, OutputHead
-from stagetune_trainer.metrics import ProgressLog, peak_memory_bytes
+from stagetune_trainer.memory import peak_memory_bytes
+from stagetune_trainer.metrics import ProgressLog
 
 _ANSWERS_AT_ONCE = 16
 _KL_ROWS_AT_ONCE = 512

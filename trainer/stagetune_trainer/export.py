@@ -16,8 +16,9 @@ from stagetune_api.training_spec import LoraSpec
 from stagetune_trainer.assemble import assemble
 from stagetune_trainer.averaging import needs_averaging, scale_adapters
 from stagetune_trainer.checkpoint import Fence, provenance_of, publish_directory, remove_drafts
+from stagetune_trainer.memory import peak_memory_bytes
 from stagetune_trainer.methods.adapter_file import join_adapters
-from stagetune_trainer.metrics import ProgressLog, peak_memory_bytes
+from stagetune_trainer.metrics import ProgressLog
 from stagetune_trainer.model import load_chain
 from stagetune_trainer.model_card import write_model_card
 from stagetune_trainer.retention import remove_intermediates

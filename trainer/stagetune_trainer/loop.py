@@ -21,7 +21,8 @@ from stagetune_api.training_spec import EarlyStoppingSpec, LearningRateSchedule,
 from stagetune_trainer.data.batch import Batch
 from stagetune_trainer.errors import DivergedError, InterruptedRunError
 from stagetune_trainer.loss import AnswerLoss
-from stagetune_trainer.metrics import ProgressLog, peak_memory_bytes
+from stagetune_trainer.memory import peak_memory_bytes
+from stagetune_trainer.metrics import ProgressLog
 from stagetune_trainer.model import Numerics
 from stagetune_trainer.protect.objective import ANSWERS, Objective
 from stagetune_trainer.ranks import ALONE, Ranks

@@ -2,22 +2,18 @@
 
 import contextlib
 import os
-import resource
 import sys
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import torch
 from pydantic import ValidationError
 
 from stagetune_api.files import write_file_atomically
 from stagetune_api.progress import Progress, ProgressKind
 from stagetune_api.report import StageReport
 from stagetune_api.stage import Task
-
-_BYTES_PER_MAXRSS = 1024  # Linux reports ru_maxrss in KiB
 
 
 class ProgressSink:
@@ -132,10 +128,3 @@ def rfc3339(time: datetime) -> str:
 
 def _json_of(progress: Progress) -> str:
     return progress.model_dump_json(exclude_none=True) + "\n"
-
-
-def peak_memory_bytes(device: torch.device) -> int:
-    """Return the most memory held so far: allocated on the GPU, or resident in the process."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _BYTES_PER_MAXRSS

@@ -16,7 +16,7 @@ from stagetune_api.stage import ParentRef
 from stagetune_api.training_spec import LayerRange, Precision
 from stagetune_trainer.decoder import Decoder, find_decoder
 from stagetune_trainer.methods import Method
-from stagetune_trainer.tail_model import load_tail, move_weights
+from stagetune_trainer.tail_model import layers_without_weights, load_part, move_weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,23 +50,32 @@ def choose_numerics(precision: Precision) -> Numerics:
 
 
 def load_base(
+    directory: Path, digest: str, numerics: Numerics, method: Method | None = None
+) -> Decoder:
+    """Return the prepared base model, all of it frozen, after checking every byte of it.
+
+    With a `method` it has the structure and the form that stages are trained in by it. Raises
+    ArtifactError where the folder is damaged or is not the model with `digest`.
+    """
+    verify_artifact(directory, digest=digest, kind=ArtifactKind.BASE_MODEL)
+    return load_verified(directory, numerics, method)
+
+
+def load_verified(
     directory: Path,
-    digest: str,
     numerics: Numerics,
     method: Method | None = None,
     *,
     first: int = 0,
+    stop: int | None = None,
 ) -> Decoder:
-    """Return the prepared base model, all of it frozen, after checking every byte of it.
+    """Return what `load_base` does of a folder that has been verified, or a part of it.
 
-    With a `method` it has the structure and the form that stages are trained in by it. What lies
-    below layer `first` of that structure has no weights; where that cannot be, it has
-    (`tail_model.lowest_loaded` says which). Raises ArtifactError where the folder is damaged or is
-    not the model with `digest`.
+    What lies below layer `first` and from `stop` up has no weights; where that cannot be, all of it
+    has (`tail_model.is_whole`).
     """
-    verify_artifact(directory, digest=digest, kind=ArtifactKind.BASE_MODEL)
-    # Layers that a method adds stand above some that the base has: it has no fewer below.
-    model: Any = load_tail(directory, numerics.dtype, first) if first else None
+    in_part = first > 0 or stop is not None
+    model: Any = load_part(directory, numerics.dtype, first, stop) if in_part else None
     if model is None:
         model = AutoModelForCausalLM.from_pretrained(
             directory, dtype=numerics.dtype, use_safetensors=True, trust_remote_code=False
@@ -126,18 +135,15 @@ def load_chain(chain: Sequence[ParentRef], base_digest: str) -> list[StageOutput
     return outputs
 
 
-def apply_chain(
-    decoder: Decoder, outputs: Sequence[StageOutput], method: Method, *, first: int = 0
-) -> None:
+def apply_chain(decoder: Decoder, outputs: Sequence[StageOutput], method: Method) -> None:
     """Put the outputs of finished stages onto the base, oldest first.
 
-    What stands in layers below `first` is left out: they have no weights.
+    What stands in layers without weights is left out.
     """
+    missing = layers_without_weights(decoder)
     for output in outputs:
         tensors = {
-            name: tensor
-            for name, tensor in output.tensors.items()
-            if not 0 <= layer_of(name) < first
+            name: tensor for name, tensor in output.tensors.items() if layer_of(name) not in missing
         }
         if tensors:
             method.apply(decoder, output.layers, tensors)

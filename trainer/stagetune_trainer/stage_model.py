@@ -4,13 +4,13 @@ Whole where it has to be; from the stage's lowest layer up where the hidden stat
 volume.
 """
 
-import gc
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from stagetune_api import names
+from stagetune_api.artifact import ArtifactKind, verify_artifact
 from stagetune_api.stage import PlannedStage, StageConfig
 from stagetune_trainer.checkpoint import Fence
 from stagetune_trainer.data.batch import Batch
@@ -19,20 +19,21 @@ from stagetune_trainer.data.store import Split
 from stagetune_trainer.decoder import Decoder
 from stagetune_trainer.errors import InterruptedRunError
 from stagetune_trainer.loop import StopRequest
+from stagetune_trainer.memory import release_memory
 from stagetune_trainer.methods import Method
 from stagetune_trainer.metrics import ProgressLog
 from stagetune_trainer.model import (
     Numerics,
     StageOutput,
     apply_chain,
-    load_base,
     load_chain,
+    load_verified,
 )
 from stagetune_trainer.prefix.cache import CachedRows, PrefixCache
 from stagetune_trainer.prefix.states import CachedStates, ComputedStates, PrefixStates
 from stagetune_trainer.prefix.window import LayerWindow, WindowError
 from stagetune_trainer.protect.protection import Protection
-from stagetune_trainer.tail_model import drop_below, lowest_loaded
+from stagetune_trainer.tail_model import drop_below, is_whole, lowest_loaded
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,36 +83,32 @@ class StageModelLoader:
         Raises ArtifactError for a damaged parent or base, InterruptedRunError when asked to stop,
         FencedError, OSError.
         """
-        if self.config.model_digest is None or self.config.model_directory is None:
+        digest = self.config.model_digest
+        if digest is None:
             raise ValueError("a Train task needs a base model")
         # The chain is checked first: it is small, and what is wrong with a run is mostly there.
-        outputs = load_chain(self.config.chain, self.config.model_digest)
+        outputs = load_chain(self.config.chain, digest)
         self.log.message(
             f"loading {self.config.model_directory} and {len(outputs)} finished stage(s)"
         )
+        verify_artifact(self._directory, digest=digest, kind=ArtifactKind.BASE_MODEL)
         first = self.method.lowest_layer(self.stage)
         wants_cache = self.stage.prefix_cache is not None and self.stage.prefix_cache.used
-        cache = self._cache(outputs) if first > 0 and wants_cache else None
-        below = cache.highest_sound(first) if cache is not None else 0
-        in_part = below > 0 and self.method.can_be_loaded_in_part and self.protection.is_complete()
-        decoder = self._decoder(outputs, first=below if in_part else 0)
-        window = LayerWindow(decoder)
-        prefix: PrefixStates | None = None
-        if cache is not None:
-            prefix = self._cached(cache, window, decoder, first, below)
-        if prefix is None and lowest_loaded(decoder) > 0:
-            # Layers of a window refer to it and it to them: without a word they stay in memory.
-            del decoder, window
-            gc.collect()
-            decoder = self._decoder(outputs, first=0)
-            window = LayerWindow(decoder)
-        if (
-            prefix is None
-            and self._computes_row_by_row(first)
-            and _can_be_cut(decoder, window, first)
-        ):
-            prefix = ComputedStates(window, first, self.numerics)
-        return StageModel(decoder=decoder, window=window, prefix=prefix, first=first)
+        loaded: _Loaded | None = None
+        if first > 0 and wants_cache:
+            cache = self._cache(outputs)
+            is_filled, loaded = self._fill(cache, outputs, first)
+            if is_filled:
+                cache.remove_others(first)
+                loaded = loaded or self._load(outputs, first)
+                drop_below(loaded.decoder, first)
+                release_memory()
+                return loaded.with_prefix(cache.states(loaded.window, first), first)
+        loaded = loaded or self._load(outputs)
+        prefix = None
+        if self._computes_row_by_row(first) and self._can_be_cut(loaded.window, first):
+            prefix = ComputedStates(loaded.window, first, self.numerics)
+        return loaded.with_prefix(prefix, first)
 
     def _computes_row_by_row(self, first: int) -> bool:
         """Whether the prefix of each row is computed from that row alone: on a CPU.
@@ -122,38 +119,57 @@ class StageModelLoader:
         is_partitioned = engine is not None and engine.zero_stage == 3
         return first > 0 and self.numerics.device.type == "cpu" and not is_partitioned
 
-    def _cached(
-        self, cache: PrefixCache, window: LayerWindow, decoder: Decoder, first: int, below: int
-    ) -> CachedStates | None:
-        """Return the states on the volume, and give the memory below them back; None for none."""
-        if below < first:
-            if not _can_be_cut(decoder, window, first):
-                self.log.message(
-                    "no prefix cache: this family's layers hand on more than hidden states"
-                )
-                return None
-            if not cache.obtain(window, first, below):
-                return None
-        cache.remove_others(first)
-        drop_below(decoder, first)
-        gc.collect()
-        return cache.states(window, first)
+    def _fill(
+        self, cache: PrefixCache, outputs: list[StageOutput], first: int
+    ) -> tuple[bool, "_Loaded | None"]:
+        """Put the states at border `first` and what the base is asked for onto the volume.
 
-    def _decoder(self, outputs: list[StageOutput], *, first: int) -> Decoder:
-        config = self.config
-        if config.model_digest is None or config.model_directory is None:
-            raise ValueError("a Train task needs a base model")
-        decoder = load_base(
-            Path(config.model_directory),
-            config.model_digest,
+        Returns whether the states are there, and what of the model is of further use. No more is
+        loaded than computes the states, unless the base has to be asked for something; so the
+        layers below the stage and those above it are not in memory together.
+        """
+        below = cache.highest_sound(first)
+        is_complete = self.protection.is_complete()
+        if below == first and is_complete:
+            return True, None
+        in_part = self.method.can_be_loaded_in_part
+        loaded = self._load(outputs, below, first) if in_part and is_complete else None
+        loaded = loaded or self._load(outputs)
+        is_filled = below == first
+        if not is_filled and self._can_be_cut(loaded.window, first, below):
+            is_filled = cache.obtain(loaded.window, first, below)
+        elif not is_filled:
+            self.log.message(
+                "no prefix cache: this family's layers hand on more than hidden states"
+            )
+        # What the stage trains is loaded anew: only then the rest leaves the memory.
+        is_of_use = is_whole(loaded.decoder) and not (is_filled and in_part)
+        return is_filled, loaded if is_of_use else None
+
+    def _load(
+        self, outputs: list[StageOutput], first: int = 0, stop: int | None = None
+    ) -> "_Loaded":
+        """Return the model with all finished stages, or its layers `first` to `stop` - 1."""
+        # What was loaded before is free by now, and still in memory.
+        release_memory()
+        in_part = self.method.can_be_loaded_in_part
+        decoder = load_verified(
+            self._directory,
             self.numerics,
             self.method,
-            first=first,
+            first=first if in_part else 0,
+            stop=stop if in_part else None,
         )
         self.protection.look_at_base(decoder)
-        apply_chain(decoder, outputs, self.method, first=lowest_loaded(decoder))
+        apply_chain(decoder, outputs, self.method)
         decoder.model.train(False)
-        return decoder
+        return _Loaded(decoder=decoder, window=LayerWindow(decoder))
+
+    @property
+    def _directory(self) -> Path:
+        if self.config.model_directory is None:
+            raise ValueError("a Train task needs a base model")
+        return Path(self.config.model_directory)
 
     def _cache(self, outputs: list[StageOutput]) -> PrefixCache:
         config = self.config
@@ -187,14 +203,26 @@ class StageModelLoader:
         if self.stop.requested:
             raise InterruptedRunError("no step was taken: hidden states were being computed")
 
-
-def _can_be_cut(decoder: Decoder, window: LayerWindow, first: int) -> bool:
-    if lowest_loaded(decoder) > 0:
-        # It was, or there would be no states to begin with.
+    def _can_be_cut(self, window: LayerWindow, first: int, below: int = 0) -> bool:
+        """Whether passes can be cut at border `first`; at `below` they were cut before."""
+        if below > 0:
+            # Otherwise there would be no states to begin with.
+            return True
+        tokens = torch.ones((1, 2), dtype=torch.int64, device=self.numerics.device)
+        try:
+            window.run(tokens, stop=first)
+        except WindowError:
+            return False
         return True
-    tokens = torch.ones((1, 2), dtype=torch.int64, device=decoder.device)
-    try:
-        window.run(tokens, stop=first)
-    except WindowError:
-        return False
-    return True
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Loaded:
+    """A decoder, whole or in part, and the only window onto it."""
+
+    decoder: Decoder
+    window: LayerWindow
+
+    def with_prefix(self, prefix: PrefixStates | None, first: int) -> StageModel:
+        """Return what a stage that trains from layer `first` up works with."""
+        return StageModel(decoder=self.decoder, window=self.window, prefix=prefix, first=first)

@@ -1,7 +1,7 @@
-"""A base model of which only the upper layers have weights: what a stage above a cache needs.
+"""A base model of which only some layers have weights: those above a cache, or those that fill it.
 
-What lies below stays on torch's meta device: the modules are there, so that layers keep their index
-and their name, and their parameters have a shape and no numbers.
+What lies outside of them stays on torch's meta device: the modules are there, so that layers keep
+their index and their name, and their parameters have a shape and no numbers.
 """
 
 import json
@@ -24,24 +24,27 @@ _INDEX_FILE = "model.safetensors.index.json"
 _SINGLE_FILE = "model.safetensors"
 
 
-def load_tail(directory: Path, dtype: torch.dtype, first: int) -> PreTrainedModel | None:
-    """Return the model in `directory` with weights from layer `first` up, in `dtype`.
+def load_part(
+    directory: Path, dtype: torch.dtype, first: int, stop: int | None = None
+) -> PreTrainedModel | None:
+    """Return the model in `directory` with weights in layers `first` to `stop` - 1, in `dtype`.
 
-    The embeddings have theirs too where they are the head's. None for a model that this would not
-    load as transformers loads the whole: one whose files name weights otherwise, that keeps more
-    than parameters in them, holds some in fp32 whatever is asked for, or has a file with both of
-    two tied matrices.
+    Without a `stop` those are all from `first` up and the head. The embeddings have theirs where
+    layer 0 is among them, and where they are the head's. None for a model that this would not load
+    as transformers loads the whole: one whose files name weights otherwise, that keeps more than
+    parameters in them, holds some in fp32 whatever is asked for, or has a file with both of two
+    tied matrices.
     """
     config = AutoConfig.from_pretrained(directory, trust_remote_code=False)
     with _parameters_on_meta():
         model: PreTrainedModel = AutoModelForCausalLM.from_config(  # type: ignore[no-untyped-call]
             config, dtype=dtype, trust_remote_code=False
         )
-    below = {id(parameter) for parameter in parameters_below(find_decoder(model), first)}
+    outside = {id(parameter) for parameter in parameters_outside(find_decoder(model), first, stop)}
     wanted = {
         name: parameter
         for name, parameter in model.named_parameters()
-        if id(parameter) not in below
+        if id(parameter) not in outside
     }
     places = _places(directory)
     if not wanted.keys() <= places.keys() or _needs_more(model, places):
@@ -71,11 +74,18 @@ def _needs_more(model: PreTrainedModel, places: Mapping[str, str]) -> bool:
     return len(in_files) != len(set(in_files))
 
 
-def parameters_below(decoder: Decoder, first: int) -> Iterator[Tensor]:
-    """Yield the parameters that nothing from layer `first` up computes with."""
-    for layer in decoder.layers[:first]:
+def parameters_outside(decoder: Decoder, first: int, stop: int | None = None) -> Iterator[Tensor]:
+    """Yield the parameters that no pass from layer `first` up to border `stop` computes with.
+
+    The final norm runs in every pass: it is small.
+    """
+    above = [] if stop is None else list(decoder.layers[stop:])
+    for layer in [*decoder.layers[:first], *above]:
         yield from layer.parameters()
-    if first > 0 and not decoder.is_tied:
+    needs_head = stop is None
+    if not needs_head and not decoder.is_tied:
+        yield from decoder.head.parameters()
+    if first > 0 and not (decoder.is_tied and needs_head):
         yield from decoder.embeddings.parameters()
 
 
@@ -101,13 +111,24 @@ def move_weights(model: nn.Module, device: torch.device) -> None:
             module._buffers[name] = buffer.to(device)
 
 
-def lowest_loaded(decoder: Decoder) -> int:
-    """Return the index of the lowest layer that has weights."""
-    return next(
+def is_whole(decoder: Decoder) -> bool:
+    """Whether everything of the model has weights."""
+    return not any(parameter.is_meta for parameter in decoder.model.parameters())
+
+
+def layers_without_weights(decoder: Decoder) -> frozenset[int]:
+    """Return the indices of the layers that have shapes alone."""
+    return frozenset(
         index
         for index, layer in enumerate(decoder.layers)
-        if not any(parameter.is_meta for parameter in layer.parameters())
+        if any(parameter.is_meta for parameter in layer.parameters())
     )
+
+
+def lowest_loaded(decoder: Decoder) -> int:
+    """Return the index of the lowest layer that has weights."""
+    missing = layers_without_weights(decoder)
+    return next(index for index in range(decoder.num_layers) if index not in missing)
 
 
 @contextmanager

@@ -16,9 +16,10 @@ from stagetune_trainer.data.batches import open_training_rows, open_validation_r
 from stagetune_trainer.decoder import Decoder, checkpoint_activations, freeze_prefix
 from stagetune_trainer.loop import StageLoop, StopRequest, train
 from stagetune_trainer.loss import AnswerLoss
+from stagetune_trainer.memory import peak_memory_bytes, release_memory
 from stagetune_trainer.methods import Method, make_method
 from stagetune_trainer.methods.adapters import keep_earlier_adapters_still
-from stagetune_trainer.metrics import ProgressLog, peak_memory_bytes
+from stagetune_trainer.metrics import ProgressLog
 from stagetune_trainer.model import Numerics, choose_numerics
 from stagetune_trainer.optimizers import choose_master_dtype, make_optimizer
 from stagetune_trainer.packing_check import check_packing
@@ -103,6 +104,8 @@ def train_stage(
     _measure_base(meters, state, stage, log)
     with ahead:
         train(loop, state)
+    # The meters look at more tokens at once than a step, and need nothing of what it took.
+    release_memory()
     measured = _measure(meters, state, log)
     trained = state.held.parameters()
     output = None

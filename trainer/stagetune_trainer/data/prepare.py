@@ -40,8 +40,9 @@ from stagetune_trainer.data.template import ChatTemplate
 from stagetune_trainer.data.tokenise import DataFiles, DataInputs, DataWriter
 from stagetune_trainer.errors import UserError
 from stagetune_trainer.measure import measure_model
+from stagetune_trainer.memory import peak_memory_bytes
 from stagetune_trainer.methods import check_model, check_packages
-from stagetune_trainer.metrics import ProgressLog, peak_memory_bytes
+from stagetune_trainer.metrics import ProgressLog
 from stagetune_trainer.sources import Source, SourceKind, resolve_source
 
 DOWNLOADS_DIRECTORY = "downloads"

@@ -25,3 +25,7 @@ class QloraMethod(LoraMethod):
                 if isinstance(module, nn.Linear) and not module.weight.is_meta:
                     parent, _, child = name.rpartition(".")
                     setattr(layer.get_submodule(parent), child, Nf4Linear(module, device))
+        if device.type == "cpu":
+            for parameter in decoder.model.parameters():
+                # What keeps its format would keep the whole file mapped, read pages and all.
+                parameter.data = parameter.data.clone()

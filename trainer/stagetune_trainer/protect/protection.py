@@ -77,8 +77,11 @@ class Protection:
     def look_at_base(self, decoder: Decoder) -> None:
         """Make sure that the volume holds what `decoder`, the bare base model, has to say.
 
-        Raises FencedError, InterruptedRunError when asked to stop, OSError as the file system does.
+        That is done once: what is loaded later may be a part of the model. Raises FencedError,
+        InterruptedRunError when asked to stop, OSError as the file system does.
         """
+        if self._meter_teacher is not None:
+            return
         if self._fence.writes:
             self._cache.mkdir(parents=True, exist_ok=True)
             self._fence.check()
