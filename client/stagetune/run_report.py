@@ -1,6 +1,6 @@
 """The run's report: what every task measured, put together into one file and one table.
 
-No number is made here: each comes from a report that a trainer process wrote.
+No number is made here: each comes from a report that a trainer process wrote, or from the plan.
 """
 
 from pathlib import Path
@@ -56,6 +56,12 @@ class StageSummary(ApiModel):
     """paddingFraction of the positions computed in training steps."""
     peak_memory_bytes: int
     """peakMemoryBytes of the process, or of the GPU where there is one."""
+    estimated_peak_memory_bytes: int | None = None
+    """estimatedPeakMemoryBytes by the plan: what of the estimate's memoryBytes peakMemoryBytes
+    measures, which on a GPU leaves the device's context out."""
+    peak_memory_ratio: float | None = None
+    """peakMemoryRatio is estimatedPeakMemoryBytes over peakMemoryBytes: above 1, the plan takes the
+    stage for larger than it was."""
     initial_validation_loss: float
     """initialValidationLoss before the stage's first step."""
     validation_loss: float
@@ -145,6 +151,7 @@ def _read(path: Path) -> StageReport:
 
 def _summarise(plan: Plan, index: int, report: StageReport) -> StageSummary:
     stage, train = plan.stages[index], report.train
+    estimated, peak = stage.estimate.peak_bytes(report.device), report.peak_memory_bytes
     if train is None or report.output is None:
         raise ValueError(f"the report of {stage.name} holds no result")
     return StageSummary(
@@ -161,7 +168,9 @@ def _summarise(plan: Plan, index: int, report: StageReport) -> StageSummary:
         train_seconds=train.train_seconds,
         tokens_per_second=train.tokens_per_second,
         padding_fraction=train.padding_fraction,
-        peak_memory_bytes=report.peak_memory_bytes,
+        peak_memory_bytes=peak,
+        estimated_peak_memory_bytes=estimated,
+        peak_memory_ratio=round(estimated / peak, 3) if peak else None,
         initial_validation_loss=train.initial_validation_loss,
         validation_loss=train.validation_loss,
         general_loss=train.general_loss,

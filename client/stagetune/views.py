@@ -10,7 +10,7 @@ from rich.table import Table
 from ruamel.yaml import YAML
 
 from stagetune.display import format_bytes, stage_table
-from stagetune.run_report import RunReport
+from stagetune.run_report import RunReport, StageSummary
 from stagetune_api.problems import Problem
 from stagetune_api.status import StagedFineTuneStatus, format_duration
 from stagetune_operator.gradient_groups import GradientPlan
@@ -209,6 +209,7 @@ def _stages_table(report: RunReport) -> Table:
         "tokens/s",
         "padding",
         "peak memory",
+        "planned",
     ):
         table.add_column(name, justify="right")
     for stage in report.stages:
@@ -222,8 +223,16 @@ def _stages_table(report: RunReport) -> Table:
             f"{stage.tokens_per_second:.0f}",
             "–" if stage.padding_fraction is None else f"{100 * stage.padding_fraction:.0f} %",
             format_bytes(stage.peak_memory_bytes),
+            _planned(stage),
         )
     return table
+
+
+def _planned(stage: StageSummary) -> str:
+    """Return the peak by the plan's estimate, and what it is of the measured one."""
+    if stage.estimated_peak_memory_bytes is None or stage.peak_memory_ratio is None:
+        return "–"
+    return f"{format_bytes(stage.estimated_peak_memory_bytes)} ({stage.peak_memory_ratio:.2f})"
 
 
 def _score(value: float | None) -> str:

@@ -107,5 +107,8 @@ class Facts(ApiModel):
     """data that the run trains on."""
     model_directory: str
     """modelDirectory of the prepared base model."""
+    process_bytes: Annotated[int, Field(ge=1)] | None = None
+    """processBytes that were resident when prepare had loaded its code and nothing else: what a
+    stage on a CPU finds too. Absent where prepare has not measured them."""
     gradients: GradientFacts | None = None
     """gradients of the base model on the data; only where the schedule asks for them."""

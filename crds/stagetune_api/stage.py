@@ -57,17 +57,29 @@ class StageEstimate(ApiModel):
     weights_bytes: Annotated[int, Field(ge=0)]
     """weightsBytes of all resident weights that do not train."""
     training_state_bytes: Annotated[int, Field(ge=0)]
-    """trainingStateBytes of what trains: masters, gradients and optimizer states."""
+    """trainingStateBytes of what trains: masters, gradients and optimizer states, on a CPU the best
+    masters so far too."""
     activation_bytes: Annotated[int, Field(ge=0)]
     """activationBytes at the widest point of one micro-batch of the longest row."""
+    overhead_bytes: Annotated[int, Field(ge=0)] = 0
+    """overheadBytes that are there before anything of the stage is: a GPU's context, or on a CPU
+    the process with its code loaded. 0 in plans of versions before this field."""
     memory_bytes: Annotated[int, Field(ge=0)]
-    """memoryBytes at the peak: weights, training state, activations and the device's context."""
+    """memoryBytes at the peak, overheadBytes included: of a step (weights, training state and
+    activations), or of another phase of the stage where that takes more."""
     disk_bytes: Annotated[int, Field(ge=0)]
     """diskBytes of the stage's checkpoints and output at their largest."""
     step_flops: Annotated[int, Field(ge=0)]
     """stepFlops of one optimizer step on rows of mean length."""
     relative_step_flops: Annotated[float, Field(ge=0)]
     """relativeStepFlops is stepFlops over that of full fine-tuning with the same settings."""
+
+    def peak_bytes(self, device: str) -> int:
+        """Return what of memoryBytes a stage's `peakMemoryBytes` on `device` measures.
+
+        A GPU's context is no part of what PyTorch allocates on it.
+        """
+        return self.memory_bytes - (self.overhead_bytes if device == "cuda" else 0)
 
 
 class PrefixCachePlan(ApiModel):

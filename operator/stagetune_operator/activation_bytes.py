@@ -97,7 +97,7 @@ def activation_bytes(
 
 
 def _loss_bytes(model: ModelFacts, data: DataFacts, tokens: int, element: int) -> int:
-    """Return the bytes of the logits: once as computed, and in fp32 softmax and gradient.
+    """Return the bytes of the logits, their softmax, and the gradients of both.
 
     Only tokens of answers reach the head; above as many as the hidden size the loss works in
     smaller chunks. Soft-capped logits are never chunked and keep two steps of the cap too.
@@ -105,7 +105,12 @@ def _loss_bytes(model: ModelFacts, data: DataFacts, tokens: int, element: int) -
     answers = math.ceil(tokens * data.train_answer_tokens / data.train_tokens)
     if model.model_type in _SOFT_CAPPED_TYPES:
         return answers * model.vocab_size * (4 + 4 + 3 * element)
-    return min(answers, model.hidden_size) * model.vocab_size * (4 + 4 + element)
+    return min(answers, model.hidden_size) * model.vocab_size * logit_bytes(element)
+
+
+def logit_bytes(element: int) -> int:
+    """Return the bytes of one logit in the loss: it, its softmax, and the gradients of both."""
+    return 4 * element
 
 
 def _working_copy_bytes(model: ModelFacts, method: MethodSpec, scope: StageScope) -> int:

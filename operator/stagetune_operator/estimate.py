@@ -5,7 +5,7 @@ is from what was measured. Everything is linear in layers, tokens and parameters
 whose quadratic term counts every query-key pair of a row, as PyTorch's FlopCounterMode does.
 """
 
-import math
+from dataclasses import replace
 from typing import Annotated
 
 from pydantic import Field
@@ -24,6 +24,12 @@ from stagetune_api.training_spec import (
 )
 from stagetune_operator.activation_bytes import activation_bytes
 from stagetune_operator.engine_bytes import shared_state_bytes, shared_weights_bytes
+from stagetune_operator.phase_bytes import (
+    asked_bytes,
+    loading_bytes,
+    measured_bytes,
+    weight_bytes,
+)
 from stagetune_operator.stage_scope import (
     StageScope,
     idle_adapters,
@@ -38,8 +44,9 @@ DEVICE_CONTEXT_BYTES = 6 * 2**30 // 10
 """An allowance of 0.6 GiB for the CUDA context, cuBLAS workspaces and the allocator's rounding."""
 CHECKPOINTS_AT_ONCE = 2
 """The one being written and the one it replaces."""
-NF4_BYTES_PER_PARAMETER = 1 / 2 + 1 / 64 + 4 / (64 * 256)
-"""4 bits, a scale of 8 bits for 64 of them, and an fp32 scale for 256 of those: 4.127 bits."""
+CPU_PROCESS_BYTES = 765 * 2**20
+"""Resident memory of a trainer's process with its code loaded and nothing else: that of PyTorch's
+Linux wheel with its CUDA libraries, for facts of a prepare that has not measured it."""
 
 
 class Machine(ApiModel):
@@ -75,30 +82,38 @@ def estimate_stage(
         element=element,
         trainable=trainable,
         largest=largest_tensor(model, method, scope),
+        best_in_memory=not machine.is_gpu and training.early_stopping is not None,
     )
     idle = idle_adapters(model, method, scope)
-    weights = _weight_bytes(model, method, element, start=scope.lowest_run, trainable=trainable)
+    weights = weight_bytes(model, method, element, start=scope.lowest_run, trainable=trainable)
     weights += 4 * sum(size for layer, size in idle.items() if layer >= scope.lowest_run)
     output = 4 if uses_adapters(method) else element
-    context = DEVICE_CONTEXT_BYTES if machine.is_gpu else 0
     activations = activation_bytes(facts, method, training, scope, element, state.master)
     activations += _made_anew_bytes(model, method, element)
-    state_memory = state.memory
+    state_memory, between_steps = state.memory, state.between_steps
     # Of several processes each loads all of it before it gives up what the others hold.
-    loading = weights + state.master * trainable
+    loading = max(
+        loading_bytes(model, method, scope, element) + asked_bytes(facts, training, scope),
+        weights + state.master * trainable,
+    )
     if machine.engine is not None:
         weights = _shared_weight_bytes(machine.engine, model, method, element, weights, scope)
-        state_memory = shared_state_bytes(machine.engine, trainable)
+        state_memory = between_steps = shared_state_bytes(machine.engine, trainable)
     flops = step_flops(facts, method, training, scope)
-    # While a cache is filled there is nothing but weights, those below the stage too.
-    filling = _weight_bytes(model, method, element, start=scope.loaded_from)
-    filling = filling if scope.prefix_cached else 0
+    measured = measured_bytes(facts, training, element, general=scope.measures_general)
+    phases = (
+        loading,
+        weights + state_memory + activations,
+        weights + between_steps + measured,
+    )
+    overhead = overhead_bytes(facts, machine)
     return StageEstimate(
         trainable_parameters=trainable,
         weights_bytes=weights,
         training_state_bytes=state_memory,
         activation_bytes=activations,
-        memory_bytes=max(weights + state_memory + activations, filling, loading) + context,
+        overhead_bytes=overhead,
+        memory_bytes=max(phases) + overhead,
         disk_bytes=CHECKPOINTS_AT_ONCE * state.checkpoint + trainable * output,
         step_flops=flops,
         relative_step_flops=round(flops / full, 6),
@@ -139,27 +154,8 @@ def expanded(facts: Facts, method: MethodSpec, scope: StageScope) -> tuple[Facts
     layers = LayerRange(first=blocks[0], last=blocks[0] + len(blocks) - 1)
     depth = facts.model.num_layers + added_layers(facts.model, method)
     model = facts.model.model_copy(update={"num_layers": depth})
-    # Blocks are copies of layers below them, so the whole model is loaded at first.
-    scope = StageScope(layers, prefix_cached=scope.prefix_cached)
+    scope = replace(scope, layers=layers, embeddings=False, head=False, top_layers=None)
     return facts.model_copy(update={"model": model}), scope
-
-
-def _weight_bytes(
-    model: ModelFacts, method: MethodSpec, element: int, *, start: int, trainable: int = 0
-) -> int:
-    """Return the bytes of the weights from layer `start` up that do not train.
-
-    Embeddings are there where they are the head's or `start` is 0. Under QLoRA most are in NF4.
-    """
-    frozen = model.parameters - (0 if uses_adapters(method) else trainable)
-    if start > 0:
-        frozen -= start * model.layer.parameters
-        frozen -= 0 if model.tied_embeddings else model.embedding_parameters
-    if method.type is not MethodType.QLORA:
-        return frozen * element
-    shapes = model.layer.linear_shapes.values()
-    in_nf4 = (model.num_layers - start) * sum(inputs * outputs for inputs, outputs in shapes)
-    return (frozen - in_nf4) * element + math.ceil(in_nf4 * NF4_BYTES_PER_PARAMETER)
 
 
 def _shared_weight_bytes(
@@ -171,7 +167,7 @@ def _shared_weight_bytes(
     scope: StageScope,
 ) -> int:
     """Return what is left in each process of frozen `weights` bytes; layers alone are divided."""
-    others = _weight_bytes(model, method, element, start=model.num_layers)
+    others = weight_bytes(model, method, element, start=model.num_layers)
     if scope.lowest_run == 0 and not model.tied_embeddings:
         others += element * model.embedding_parameters
     others = min(others, weights)
@@ -189,6 +185,11 @@ def _made_anew_bytes(model: ModelFacts, method: MethodSpec, element: int) -> int
     dequantised = element * largest if method.type is MethodType.QLORA else 0
     uses_dora = method.lora is not None and method.lora.dora and uses_adapters(method)
     return dequantised + (3 * 4 * largest if uses_dora else 0)
+
+
+def overhead_bytes(facts: Facts, machine: Machine) -> int:
+    """Return what is there before anything of a stage is: a GPU's context, or the process."""
+    return DEVICE_CONTEXT_BYTES if machine.is_gpu else facts.process_bytes or CPU_PROCESS_BYTES
 
 
 def element_bytes(training: TrainingSpec, machine: Machine) -> int:

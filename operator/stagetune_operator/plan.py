@@ -204,11 +204,13 @@ def _estimate(
     stage: StagePasses,
     cache: PrefixCachePlan | None,
 ) -> StageEstimate:
-    scope = stage.scope
+    scope = replace(
+        stage.scope,
+        asks_base=index == 0 or asks_the_base(spec.protection),
+        measures_general=spec.evaluation.general_text is not None,
+    )
     if cache is not None and cache.used:
-        asks_base = index == 0 or asks_the_base(spec.protection)
-        begins_at = 0 if asks_base else cache.begins_at
-        scope = replace(scope, prefix_cached=True, loaded_from=begins_at)
+        scope = replace(scope, prefix_cached=True, loaded_from=cache.begins_at)
     return add_protection(
         estimate_stage(facts, spec.method, stage.training, scope, machine),
         spec.protection,

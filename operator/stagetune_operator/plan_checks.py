@@ -11,7 +11,7 @@ from stagetune_api.problems import Problem, ProblemReason
 from stagetune_api.spec import StagedFineTuneSpec
 from stagetune_api.stage import PlannedStage, training_of_stage
 from stagetune_api.training_spec import DataPartition, ExpandSpec, GradientCheckpointing, MethodType
-from stagetune_operator.estimate import DEVICE_CONTEXT_BYTES, Machine
+from stagetune_operator.estimate import Machine
 from stagetune_operator.schedule import Draft, deal_rows
 from stagetune_operator.schedule_checks import find_schedule_problems
 from stagetune_operator.stage_scope import is_target
@@ -193,7 +193,7 @@ def find_memory_problems(
         "weights": estimate.weights_bytes,
         "training state": estimate.training_state_bytes,
         "activations": estimate.activation_bytes,
-        "device": DEVICE_CONTEXT_BYTES if machine.is_gpu else 0,
+        "device" if machine.is_gpu else "process": estimate.overhead_bytes,
     }
     shown = ", ".join(f"{name} {size / _GIB:.1f}" for name, size in parts.items())
     return [

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from stagetune_api.facts import DataFacts, Facts
 from stagetune_api.stage import StageEstimate
 from stagetune_api.training_spec import MethodSpec, ProtectionSpec, TrainingSpec
+from stagetune_operator.activation_bytes import logit_bytes
 from stagetune_operator.estimate import Machine, element_bytes, expanded
 from stagetune_operator.stage_scope import StageScope
 from stagetune_operator.step_flops import step_flops
@@ -43,12 +44,14 @@ def add_protection(
     if protection is None:
         return estimate
     memory = _memory_bytes(protection, facts, stage, machine)
+    activations = estimate.activation_bytes + memory
+    training = estimate.weights_bytes + estimate.training_state_bytes + activations
     flops = _step_flops(protection, facts, stage)
     factor = (estimate.step_flops + flops) / max(estimate.step_flops, 1)
     return estimate.model_copy(
         update={
-            "activation_bytes": estimate.activation_bytes + memory,
-            "memory_bytes": estimate.memory_bytes + memory,
+            "activation_bytes": activations,
+            "memory_bytes": max(estimate.memory_bytes, training + estimate.overhead_bytes),
             "disk_bytes": estimate.disk_bytes + _disk_bytes(protection, facts, stage),
             "step_flops": estimate.step_flops + flops,
             "relative_step_flops": round(estimate.relative_step_flops * factor, 6),
@@ -102,24 +105,24 @@ def _memory_bytes(
 ) -> int:
     """Return the bytes that stand on the device on top, at the widest point.
 
-    Distillation keeps, for each answer token up to the hidden size, the logits without the
-    likeliest tokens and their softmax (8 bytes for each token of the vocabulary). The anchor keeps
-    both hidden states and their difference in fp32 and the base's as stored (14 bytes for each
-    number). All tokens of a replayed row are at the head.
+    Distillation holds eight numbers in fp32 for each token of the vocabulary, at each answer token
+    up to the hidden size, where the loss alone holds four as computed. The anchor keeps both hidden
+    states and their difference in fp32 and the base's as stored (14 bytes for each number). All
+    tokens of a replayed row are at the head.
     """
     model, data = facts.model, facts.data
     tokens = stage.training.micro_batch_size * data.max_row_tokens
     answers = -(-tokens * data.train_answer_tokens // data.train_tokens)
     at_head = min(answers, model.hidden_size)
+    element = element_bytes(stage.training, machine)
     total = 0
     if has_weight(protection.distillation):
-        total += at_head * model.vocab_size * 8
+        total += at_head * model.vocab_size * (8 * 4 - logit_bytes(element))
     if has_weight(protection.anchor):
         total += tokens * model.hidden_size * 14
     if protection.replay is not None:
-        element = element_bytes(stage.training, machine)
         more = min(tokens, model.hidden_size) - at_head
-        total = max(total, more * model.vocab_size * (8 + element))
+        total = max(total, more * model.vocab_size * logit_bytes(element))
     return total
 
 

@@ -30,8 +30,12 @@ class StageScope:
     prefix_cached: bool = False
     """Whether the hidden states below it are read, and the layers below run in no step."""
     loaded_from: int = 0
-    """The lowest layer that is loaded at first, to fill the cache; what lies below the stage is
-    dropped before it trains."""
+    """The lowest of the layers that fill the cache, if there is one; they are given back before the
+    stage trains."""
+    asks_base: bool = False
+    """Whether the whole base model is asked for something before the stage trains."""
+    measures_general: bool = False
+    """Whether its loss on general text is measured at its end."""
 
     @property
     def lowest_run(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from stagetune_api.training_spec import (
 )
 from stagetune_operator.activation_bytes import layer_activation_bytes
 from stagetune_operator.estimate import (
+    CPU_PROCESS_BYTES,
     DEVICE_CONTEXT_BYTES,
     Machine,
     estimate_full_fine_tuning,
@@ -36,6 +38,7 @@ from stagetune_operator.stage_scope import StageScope
 from stagetune_operator.step_flops import step_flops
 
 GIB = 2**30
+CPU = Machine(is_gpu=False)
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 FULL = MethodSpec()
 LLAMA_3_8B = {
@@ -520,15 +523,89 @@ def test_full_fine_tuning_trains_everything_and_costs_one() -> None:
     assert estimate.relative_step_flops == 1.0
 
 
-def test_a_cpu_computes_in_fp32_and_has_no_context() -> None:
+def test_a_cpu_computes_in_fp32_and_holds_the_process_instead_of_a_context() -> None:
     facts = _facts(QWEN, answer_share=0.01)
     on_cpu = _estimate(facts, _scope(0, 4), machine=Machine(is_gpu=False))
     fp32 = _estimate(facts, _scope(0, 4), training=_training(precision="FP32"))
     bf16 = _estimate(facts, _scope(0, 4), training=_training(precision="BF16"))
 
     assert on_cpu.weights_bytes == fp32.weights_bytes == 2 * bf16.weights_bytes
-    assert on_cpu.memory_bytes == fp32.memory_bytes - DEVICE_CONTEXT_BYTES
+    assert on_cpu.overhead_bytes == CPU_PROCESS_BYTES
+    assert fp32.overhead_bytes == DEVICE_CONTEXT_BYTES
+    own = [estimate.memory_bytes - estimate.overhead_bytes for estimate in (on_cpu, fp32)]
+    assert own[0] == own[1]
     assert _estimate(facts, _scope(0, 4)) == bf16
+
+
+def test_a_process_that_prepare_has_measured_counts_as_it_is() -> None:
+    facts = _facts(QWEN).model_copy(update={"process_bytes": 300_000_000})
+
+    estimate = _estimate(facts, _scope(0, 4), machine=CPU)
+
+    assert estimate.overhead_bytes == 300_000_000
+    assert estimate.peak_bytes("cpu") == estimate.memory_bytes
+    on_gpu = _estimate(facts, _scope(0, 4))
+    # PyTorch does not count the context that it works in.
+    assert on_gpu.peak_bytes("cuda") == on_gpu.memory_bytes - DEVICE_CONTEXT_BYTES
+
+
+def test_the_best_weights_so_far_count_where_host_memory_is_the_device_s() -> None:
+    stopping = {"early_stopping": {"patience": 2}}
+    for machine, kept in ((CPU, 4), (Machine(), 0)):
+        plain, found = (
+            _estimate(_facts(QWEN), _scope(0, 4), training=_training(**options), machine=machine)
+            for options in ({}, stopping)
+        )
+        more = kept * plain.trainable_parameters
+        assert found.training_state_bytes - plain.training_state_bytes == more
+        assert found.memory_bytes - plain.memory_bytes == more
+
+
+def test_a_phase_that_takes_more_than_a_step_decides() -> None:
+    """Adapters of rank 1 in one layer above a cache take next to nothing."""
+    facts = _facts(QWEN, row_tokens=64, answer_share=0.1)
+    scope = _scope(27, 28, prefix_cached=True, loaded_from=20)
+    small = _lora(1)
+
+    filled = _estimate(facts, scope, small)
+    measured = _estimate(facts, replace(scope, loaded_from=26, measures_general=True), small)
+    asked = _estimate(facts, replace(scope, asks_base=True), small)
+
+    above = 2 * (QWEN.head_parameters + QWEN.final_norm_parameters + QWEN.layer.parameters)
+    layers = 2 * (7 * QWEN.layer.parameters + QWEN.final_norm_parameters)
+    assert filled.memory_bytes == layers + DEVICE_CONTEXT_BYTES
+    # 64 tokens at the head, their logits and the softmax of them.
+    logits = 64 * QWEN.vocab_size * 4
+    rest = measured.memory_bytes - DEVICE_CONTEXT_BYTES - above - logits
+    assert 0 < rest < 16 * measured.trainable_parameters
+    assert asked.memory_bytes == (
+        2 * QWEN.parameters + 7 * QWEN.vocab_size * 16 + DEVICE_CONTEXT_BYTES
+    )
+
+
+SMALL = {
+    "LoRA": (_lora(64), {}),
+    "8-bit moments": (FULL, {"optimizer": "AdamW8bit", "micro_batch_size": 1}),
+}
+
+
+@pytest.mark.parametrize(("method", "options"), SMALL.values(), ids=SMALL)
+@pytest.mark.parametrize("model", [QWEN, LLAMA], ids=["qwen", "llama"])
+def test_four_layers_at_7b_take_20_gib_and_above_a_cache_at_the_top_10(
+    model: ModelFacts, method: MethodSpec, options: dict[str, Any]
+) -> None:
+    """On a card of 24 GB; rows of 1,024 tokens, two in five of them answers."""
+    facts = _facts(model, row_tokens=1024, answer_share=0.4)
+    training = _training(**options)
+    depth = model.num_layers
+    groups = [(first, first + 4) for first in range(0, depth, 4)]
+
+    stages = [_estimate(facts, _scope(*group), method, training) for group in groups]
+    cached = _scope(depth - 4, depth, prefix_cached=True, loaded_from=depth - 8)
+    top = _estimate(facts, cached, method, training)
+
+    assert max(stage.memory_bytes for stage in stages) <= 20 * GIB
+    assert top.memory_bytes <= 10 * GIB
 
 
 # Properties.

@@ -10,7 +10,7 @@ from stagetune_api.facts import DataFacts, Facts, ModelFacts
 from stagetune_api.spec import StagedFineTuneSpec
 from stagetune_api.stage import PlannedStage, PrefixCachePlan
 from stagetune_api.status import StagedFineTuneStatus, StageState, StageStatus
-from stagetune_operator.estimate import Machine
+from stagetune_operator.estimate import CPU_PROCESS_BYTES, Machine
 from stagetune_operator.model_facts import model_facts_from_config
 from stagetune_operator.plan import Plan, make_plan
 from stagetune_operator.plan_record import PlanRecord
@@ -177,7 +177,7 @@ def test_what_does_not_pay_for_itself_may_pay_for_the_stages_above() -> None:
 
 
 def test_filling_a_cache_needs_the_weights_below_it() -> None:
-    """The lowest cache begins with the whole model in memory, those above with less."""
+    """Those from the border that it begins at up to the stage; all where the base is asked."""
     given = facts(num_layers=60)
     schedule = {"layersPerStage": 20, "epochsPerStage": 3}
     explicit = [
@@ -186,12 +186,17 @@ def test_filling_a_cache_needs_the_weights_below_it() -> None:
     alone = plan(None, stages=explicit, given=given).stages[0]
     above = plan({**schedule, "layersPerStage": 59}, given=given).stages[1]
     assert cache(alone).begins_at == cache(above).begins_at == 0
-    # fp32 weights of the whole model, and no more than them.
-    assert alone.estimate.memory_bytes == above.estimate.memory_bytes
-    assert alone.estimate.memory_bytes == 4 * given.model.parameters
+    # fp32 weights of what computes the states: the embeddings, all layers but one, the final norm.
+    model = given.model
+    below = 59 * model.layer.parameters + model.embedding_parameters + model.final_norm_parameters
+    assert above.estimate.memory_bytes == CPU_PROCESS_BYTES + 4 * below
+    # The first stage asks the base too: all weights, and logits of a micro-batch's answers.
+    logits = 154 * 500 * 16
+    assert alone.estimate.memory_bytes == CPU_PROCESS_BYTES + 4 * model.parameters + logits
     carried = plan({"layersPerStage": 1, "epochsPerStage": 3}, given=given).stages[59]
     assert cache(carried).begins_at == 58
-    assert carried.estimate.memory_bytes < alone.estimate.memory_bytes / 2
+    of_carried = carried.estimate.memory_bytes - CPU_PROCESS_BYTES
+    assert of_carried < (alone.estimate.memory_bytes - CPU_PROCESS_BYTES) / 2
 
 
 def test_what_trained_below_a_border_since_makes_its_states_useless() -> None:

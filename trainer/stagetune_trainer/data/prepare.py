@@ -40,7 +40,7 @@ from stagetune_trainer.data.template import ChatTemplate
 from stagetune_trainer.data.tokenise import DataFiles, DataInputs, DataWriter
 from stagetune_trainer.errors import UserError
 from stagetune_trainer.measure import measure_model
-from stagetune_trainer.memory import peak_memory_bytes
+from stagetune_trainer.memory import peak_memory_bytes, resident_bytes
 from stagetune_trainer.methods import check_model, check_packages
 from stagetune_trainer.metrics import ProgressLog
 from stagetune_trainer.sources import Source, SourceKind, resolve_source
@@ -89,6 +89,8 @@ def prepare(
     UserError with the manifest's paths; the data report is written then too.
     """
     check_packages(config.method)
+    # Before anything is read: stages load the same code, and it stays.
+    process_bytes = resident_bytes()
     say(f"fetching {config.model.source}")
     base = _prepare_model(config)
     check_model(config.method, base.directory)
@@ -115,6 +117,7 @@ def prepare(
         model=measure_model(base.directory),
         data=_data_facts(writer.report(), manifest.digest),
         model_directory=str(base.directory),
+        process_bytes=process_bytes,
     )
     write_file_atomically(directory / names.FACTS_FILE, facts.model_dump_json(indent=2))
     say(f"tokenised {facts.data.train_rows} + {facts.data.validation_rows} rows in {directory}")
