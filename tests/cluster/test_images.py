@@ -200,6 +200,16 @@ def test_code_is_the_last_layer_and_compiled(image: Image, content: Content) -> 
         assert any(other.startswith(start) for other in compiled), name
 
 
+def test_standard_library_is_compiled(content: Content) -> None:
+    """Or every process in a pod would compile what it imports of it: nothing can be kept there."""
+    library = re.compile(r"^usr/(local/)?lib/python3\.\d+/(asyncio/|json/|logging/)?[a-z_]+\.py$")
+    sources = [PurePosixPath(name) for name in content.sizes if library.match(name)]
+    assert {"argparse", "decoder"} <= {path.stem for path in sources}
+    for path in sources:
+        start = f"{path.parent}/__pycache__/{path.stem}.cpython-"
+        assert any(other.startswith(start) and other.endswith(".pyc") for other in content.sizes)
+
+
 def test_images_are_as_large_as_they_need_be(images: Images) -> None:
     operator, trainer = (sum(layer["size"] for layer in layers_of(one)) for one in images)
     assert operator < OPERATOR_BYTES

@@ -124,6 +124,19 @@ def test_recipes_differ_in_what_they_are_for_alone() -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
+def test_all_python_code_is_compiled_for_a_root_that_is_read_only(kind: str) -> None:
+    text = dockerfile(kind)
+    assert "PYTHONDONTWRITEBYTECODE=1" in text
+    # Libraries and our code by uv, the standard library by itself. No file's date counts, for who
+    # unpacks an image may not keep it.
+    assert text.count("PYC_INVALIDATION_MODE=UNCHECKED_HASH") == text.count("--compile-bytecode")
+    assert text.count("--compile-bytecode") == 2
+    assert (
+        'compile_dir(get_path("stdlib")' in text.partition("\nFROM dependencies AS compiled\n")[2]
+    )
+
+
+@pytest.mark.parametrize("kind", KINDS)
 def test_libraries_are_those_of_the_lock_and_only_deepspeed_is_built(kind: str) -> None:
     (install,) = re.findall(r"uv pip install --python (?:.*\\\n)*.*", dockerfile(kind))
     words = install.replace("\\\n", " ").split()

@@ -23,7 +23,7 @@ from stagetune_api.stage import StageConfig, Task
 from stagetune_trainer import launch
 from stagetune_trainer.environment import set_up_environment
 from stagetune_trainer.hub_tokens import redacted
-from stagetune_trainer.large_packages import hide_large_packages
+from stagetune_trainer.lean_imports import import_lean
 
 logger = logging.getLogger(__name__)
 
@@ -152,13 +152,13 @@ def _run(options: argparse.Namespace, stop: SignalledStop) -> tuple[StageReport,
     try:
         config = StageConfig.model_validate_json(options.config.read_bytes())
         set_up_environment(config.task)
-        hide_large_packages()
         if config.engine is not None and not launch.is_started():
             return launch.run_processes(options.config, config, stop, options.metrics_port)
         stop.raises = config.task is not Task.TRAIN
         if stop.raises and stop.requested:
             raise KeyboardInterrupt
         # After the signal handlers: the imports take seconds, and a request must not be lost.
+        import_lean(config)
         from stagetune_trainer.run import run_task
         from stagetune_trainer.start_clock import StartClock, seconds_since_process_start
 

@@ -158,7 +158,8 @@ def _do(
     config: StageConfig, log: ProgressLog, stop: StopRequest, fence: Fence, clock: StartClock
 ) -> StageReport:
     """Do the task; each one's modules are imported only where they are needed."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    # As use_deterministic_algorithms, which imports torch's compiler to tell it too.
+    torch.set_deterministic_debug_mode("warn")
     # No result reads memory that was not written; filling it would cost time at every allocation.
     torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     match config.task:

@@ -18,7 +18,6 @@ from stagetune_trainer.loop import StageLoop, StopRequest, train
 from stagetune_trainer.loss import AnswerLoss
 from stagetune_trainer.memory import peak_memory_bytes, release_memory
 from stagetune_trainer.methods import Method, make_method
-from stagetune_trainer.methods.adapters import keep_earlier_adapters_still
 from stagetune_trainer.metrics import ProgressLog
 from stagetune_trainer.model import Numerics, choose_numerics
 from stagetune_trainer.optimizers import choose_master_dtype, make_optimizer
@@ -168,7 +167,7 @@ def _open_stage(
     if config.training.gradient_checkpointing is GradientCheckpointing.ALWAYS:
         checkpoint_activations(decoder, first)
     freeze_prefix(decoder, first, embeddings_train=stage.embeddings)
-    keep_earlier_adapters_still(decoder)
+    method.keep_still(decoder)
     return parameters
 
 

@@ -40,6 +40,10 @@ class Method(Protocol):
     def open(self, decoder: Decoder, stage: PlannedStage) -> dict[str, nn.Parameter]:
         """Make the stage's parameters trainable and return them by a stable name."""
 
+    def keep_still(self, decoder: Decoder) -> None:
+        """Switch off what is random in frozen parts of a decoder that was set to train."""
+        return
+
     def output(self, decoder: Decoder, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return what the stage hands on, given its trained tensors by the names of `open`."""
 

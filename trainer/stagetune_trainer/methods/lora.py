@@ -19,6 +19,7 @@ from stagetune_trainer.methods.adapters import (
     Fp32Dora,
     adapted_modules,
     adapter_tensors,
+    keep_earlier_adapters_still,
     module_of,
     use_all_adapters,
 )
@@ -47,6 +48,10 @@ class LoraMethod(Method):
             parameter.requires_grad_(True)
             opened[name] = parameter
         return opened
+
+    def keep_still(self, decoder: Decoder) -> None:
+        """Switch off the dropout of adapters that do not train."""
+        keep_earlier_adapters_still(decoder)
 
     def output(self, decoder: Decoder, trained: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return the adapters as they were trained."""
