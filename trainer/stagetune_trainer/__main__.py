@@ -21,6 +21,7 @@ from stagetune_api.names import TrainerExitCode
 from stagetune_api.report import Failure, FailureClass, Outcome, StageReport
 from stagetune_api.stage import StageConfig, Task
 from stagetune_trainer import launch
+from stagetune_trainer.base_check import begin_check
 from stagetune_trainer.environment import set_up_environment
 from stagetune_trainer.hub_tokens import redacted
 from stagetune_trainer.lean_imports import import_lean
@@ -158,6 +159,7 @@ def _run(options: argparse.Namespace, stop: SignalledStop) -> tuple[StageReport,
         if stop.raises and stop.requested:
             raise KeyboardInterrupt
         # After the signal handlers: the imports take seconds, and a request must not be lost.
+        begin_check(config)
         import_lean(config)
         from stagetune_trainer.run import run_task
         from stagetune_trainer.start_clock import StartClock, seconds_since_process_start

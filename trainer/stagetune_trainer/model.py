@@ -14,6 +14,7 @@ from stagetune_api import names
 from stagetune_api.artifact import ArtifactError, ArtifactKind, verify_artifact
 from stagetune_api.stage import ParentRef
 from stagetune_api.training_spec import LayerRange, Precision
+from stagetune_trainer.base_check import check_base
 from stagetune_trainer.decoder import Decoder, find_decoder
 from stagetune_trainer.methods import Method
 from stagetune_trainer.tail_model import layers_without_weights, load_part, move_weights
@@ -57,7 +58,7 @@ def load_base(
     With a `method` it has the structure and the form that stages are trained in by it. Raises
     ArtifactError where the folder is damaged or is not the model with `digest`.
     """
-    verify_artifact(directory, digest=digest, kind=ArtifactKind.BASE_MODEL)
+    check_base(directory, digest)
     return load_verified(directory, numerics, method)
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 from stagetune_api import names
-from stagetune_api.artifact import ArtifactKind, verify_artifact
 from stagetune_api.stage import PlannedStage, StageConfig
+from stagetune_trainer.base_check import check_base
 from stagetune_trainer.checkpoint import Fence
 from stagetune_trainer.data.batch import Batch
 from stagetune_trainer.data.batches import open_split, open_training_rows
@@ -91,7 +91,7 @@ class StageModelLoader:
         self.log.message(
             f"loading {self.config.model_directory} and {len(outputs)} finished stage(s)"
         )
-        verify_artifact(self._directory, digest=digest, kind=ArtifactKind.BASE_MODEL)
+        check_base(self._directory, digest)
         first = self.method.lowest_layer(self.stage)
         wants_cache = self.stage.prefix_cache is not None and self.stage.prefix_cache.used
         loaded: _Loaded | None = None
