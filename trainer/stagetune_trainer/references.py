@@ -5,6 +5,7 @@ damaged, or were made from anything else: nothing is lost with them but time.
 """
 
 import shutil
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,6 +70,7 @@ class ReferenceFolder:
             self._fence.check()
             shutil.rmtree(directory)
         self._log.message(f"computing {directory}")
+        started = time.monotonic()
         publish_directory(
             directory,
             write,
@@ -83,6 +85,7 @@ class ReferenceFolder:
             provenance=provenance_of(self._config.run_name, self._config.attempt),
             before_rename=self._fence.check,
         )
+        self._log.message(f"{directory} is there, after {time.monotonic() - started:.1f} s")
         return directory
 
     def has(self, reference: Reference) -> bool:
