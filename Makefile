@@ -7,7 +7,7 @@ PYTHON ?= python3
 UV := $(or $(shell command -v uv 2>/dev/null),$(CACHE)/uv-$(UV_VERSION)/bin/uv)
 RUN := $(UV) run --frozen --no-sync
 
-.PHONY: help setup quickstart test cluster-up cluster-down cluster-demo lint crds manifests images bench-flops bench-handover bench-operator bench-quality clean
+.PHONY: help setup quickstart test cluster-up cluster-down cluster-demo lint crds manifests images bench-flops bench-handover bench-operator bench-quality bench-staging clean
 
 help:  ## Show these commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/ \t/' | expand -t 16
@@ -86,6 +86,11 @@ bench-operator: setup  ## Time the operator alone with a thousand runs on a cont
 # ARGS: --arms lora,open-top --seeds 1 --minutes 60. Hours for everything; what is measured stays.
 bench-quality: setup  ## Compare ways of training on the small real model
 	$(RUN) python benchmarks/quality.py $(ARGS)
+
+# ARGS: --rounds 1 --arms full,top-cached --resume, or --device cuda. ms-swift gets an environment of
+# its own below the user's cache.
+bench-staging: setup  ## Measure stages beside full fine-tuning, LoRA and ms-swift
+	$(RUN) python benchmarks/staging.py $(ARGS)
 
 clean:  ## Remove the environment and the runs
 	rm -rf .venv runs examples/quickstart/inputs
