@@ -205,12 +205,14 @@ async def visit_everything(cluster: Cluster) -> set[str]:
         cluster.list_pods(key),
         cluster.read_config_map("team-a", "plan"),
         cluster.read_claim("team-a", "run"),
+        cluster.read_service("team-a", "finance-1"),
         *(
             cluster.create({"apiVersion": version, "kind": kind, "metadata": run["metadata"]})
             for version, kind in (
                 ("batch/v1", "Job"),
                 ("v1", "ConfigMap"),
                 ("v1", "PersistentVolumeClaim"),
+                ("v1", "Service"),
             )
         ),
         cluster.delete_job("team-a", "finance-prepare", "1"),
