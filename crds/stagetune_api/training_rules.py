@@ -123,7 +123,8 @@ TRAINING_RULES = (
     ),
     Rule(
         "spec.training",
-        "!self.packing || !self.groupByLength",
+        # The section's own default is checked too, before anything in it has one.
+        "!has(self.packing) || !has(self.groupByLength) || !self.packing || !self.groupByLength",
         "packing leaves no padding that groupByLength would save; remove one of the two",
         ".groupByLength",
     ),
