@@ -76,7 +76,6 @@ ENGINE_RULES = (
         f"self.training.microBatchSize * ({_PROCESSES} - 1) < self.training.batchSize)",
         "a batch has fewer micro-batches than there are processes; lower microBatchSize, raise "
         "batchSize or take fewer processes",
-        ".training.microBatchSize",
     ),
     Rule(
         "spec",
