@@ -112,6 +112,8 @@ def run_process(
             _, status, usage = os.wait4(process.pid, 0)
         finally:
             limit.cancel()
+            if process.stdout is not None:
+                process.stdout.close()
         process.returncode = os.waitstatus_to_exitcode(status)
         total = Seconds(wall=time.monotonic() - started, processor=usage.ru_utime + usage.ru_stime)
     if process.returncode != 0:

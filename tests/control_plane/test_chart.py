@@ -336,8 +336,11 @@ def test_policies_close_trainers_to_all_but_names_progress_and_scrapes(
 
     assert trainer["podSelector"]["matchLabels"].items() <= labels.items()
     assert trainer["policyTypes"] == ["Ingress", "Egress"]
-    assert trainer["ingress"] == [{"ports": [tcp(names.TRAINER_METRICS_PORT)]}]
-    dns, progress = trainer["egress"]
+    among, scrapes = trainer["ingress"]
+    assert among == {"from": [{"podSelector": trainer["podSelector"]}]}
+    assert scrapes == {"ports": [tcp(names.TRAINER_METRICS_PORT)]}
+    others, dns, progress = trainer["egress"]
+    assert others == {"to": [{"podSelector": trainer["podSelector"]}]}
     assert dns == {"ports": [{"port": 53, "protocol": "UDP"}, tcp(53)]}
     assert progress["ports"] == [tcp(names.OPERATOR_PROGRESS_PORT)]
     (to,) = progress["to"]

@@ -106,7 +106,7 @@ def test_names_follow_prometheus_rules(make_stage_config: MakeConfig, port: int)
         families = scrape(port)
     finally:
         sink.close(REPORT)
-    assert len(families) == 16
+    assert len(families) == 17
     for name, family in families.items():
         assert family.documentation.endswith("."), name
         assert not NOT_BASE_UNITS.search(name.removeprefix("stagetune_trainer_")), name

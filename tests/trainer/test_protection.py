@@ -22,7 +22,7 @@ from stagetune_trainer.decoder import Decoder, checkpoint_activations, freeze_pr
 from stagetune_trainer.loss import AnswerLoss
 from stagetune_trainer.metrics import ProgressLog
 from stagetune_trainer.model import Numerics, load_base
-from stagetune_trainer.protect import anchor, distillation, replay, teacher
+from stagetune_trainer.protect import anchor, distillation, teacher
 from stagetune_trainer.protect.distillation import TeacherTargets, answer_sums, full_logits
 from stagetune_trainer.protect.objective import Objective
 from stagetune_trainer.protect.protection import Protection
@@ -416,7 +416,7 @@ def test_stage_that_ran_out_of_memory_looks_at_fewer_rows_at_once_everywhere(
         sizes.append(len(stored))
         return collate(stored, **options)
 
-    for module in (anchor, replay, teacher):
+    for module in (anchor, teacher):
         monkeypatch.setattr(module, "collate", counted)
     stage = make_stage(0, 1, 2, batchSize=8, microBatchSize=4)
     training = {"batchSize": 8, "microBatchSize": 2}
