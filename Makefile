@@ -7,7 +7,7 @@ PYTHON ?= python3
 UV := $(or $(shell command -v uv 2>/dev/null),$(CACHE)/uv-$(UV_VERSION)/bin/uv)
 RUN := $(UV) run --frozen --no-sync
 
-.PHONY: help setup quickstart test cluster-up cluster-down cluster-demo lint crds manifests images bench-flops bench-handover bench-operator bench-quality bench-staging clean
+.PHONY: help setup quickstart test cluster-up cluster-down cluster-demo lint crds manifests images bench-flops bench-handover bench-memory bench-operator bench-quality bench-staging clean
 
 help:  ## Show these commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/ \t/' | expand -t 16
@@ -79,6 +79,9 @@ bench-flops: setup  ## Count the FLOPs of a stage's step relative to full fine-t
 
 bench-handover: setup  ## Time the hand-overs from stage to stage on a real node, as root
 	PYTHONPATH=tests/support $(RUN) python benchmarks/handover.py
+
+bench-memory: setup  ## Compare each stage's peak memory with the plan's on the small real model
+	$(RUN) python benchmarks/memory.py $(ARGS)
 
 bench-operator: setup  ## Time the operator alone with a thousand runs on a control plane
 	PYTHONPATH=tests/support $(RUN) python benchmarks/operator_scale.py
