@@ -24,12 +24,11 @@ from quality import write_inputs
 from stagetune_api.facts import Facts
 from stagetune_api.names import RunLayout
 from stagetune_api.report import Outcome, StageReport
-from stagetune_api.spec import StagedFineTune, StagedFineTuneSpec
+from stagetune_api.spec import StagedFineTuneSpec
 from stagetune_api.stage import ParentRef, StageConfig, Task
-from stagetune_api.training_spec import ProtectionSpec
-from stagetune_api.validation import parse_manifest
 from stagetune_operator.estimate import Machine
 from stagetune_operator.plan import Plan, make_plan
+from trainer_tasks import spec_of, task_config
 
 ROOT = Path(__file__).resolve().parents[1]
 MIB = 2**20
@@ -85,7 +84,7 @@ def prepare(arm: Arm, work: Path) -> tuple[RunLayout, Facts]:
 
     Rows are the same for all; what a process loads of code is not.
     """
-    spec = _spec(arm)
+    spec = spec_of(arm.manifest())
     layout = RunLayout(work / "runs" / f"prepared-{spec.method.type}")
     report = layout.task("prepare").report
     if not report.exists():
@@ -98,7 +97,7 @@ def prepare(arm: Arm, work: Path) -> tuple[RunLayout, Facts]:
 
 def measure(arm: Arm, work: Path) -> dict[str, Any]:
     """Train all stages of `arm`, and return what each was to take and took."""
-    spec = _spec(arm)
+    spec = spec_of(arm.manifest())
     prepared, facts = prepare(arm, work)
     layout = RunLayout(work / "runs" / arm.name)
     shutil.rmtree(layout.root, ignore_errors=True)
@@ -109,7 +108,9 @@ def measure(arm: Arm, work: Path) -> dict[str, Any]:
     chain: list[ParentRef] = []
     stages = []
     for stage in plan.stages:
-        config = _config(spec, layout, work, Task.TRAIN, facts, stage=stage, chain=list(chain))
+        config = _config(
+            spec, layout, work, Task.TRAIN, facts=facts, stage=stage, chain=list(chain)
+        )
         report = _run(layout, config)
         if report.output is None:
             raise SystemExit(f"{arm.name}: {stage.name} left no output")
@@ -132,40 +133,10 @@ def measure(arm: Arm, work: Path) -> dict[str, Any]:
     return {"name": arm.name, "title": arm.title, "stages": stages}
 
 
-def _spec(arm: Arm) -> StagedFineTuneSpec:
-    manifest = parse_manifest(arm.manifest())
-    if not isinstance(manifest, StagedFineTune):
-        raise SystemExit("\n".join(map(str, manifest)))
-    return manifest.spec
-
-
 def _config(
-    spec: StagedFineTuneSpec,
-    layout: RunLayout,
-    work: Path,
-    task: Task,
-    facts: Facts | None = None,
-    **rest: Any,
+    spec: StagedFineTuneSpec, layout: RunLayout, work: Path, task: Task, **rest: Any
 ) -> StageConfig:
-    return StageConfig(
-        task=task,
-        run_name="memory",
-        attempt=1,
-        run_directory=str(layout.root),
-        models_directory=str(work / "models"),
-        manifest_directory=str(work),
-        model=spec.model,
-        dataset=spec.dataset,
-        method=spec.method,
-        training=spec.training,
-        protection=spec.protection or ProtectionSpec(),
-        evaluation=spec.evaluation,
-        export=spec.export,
-        model_directory=facts.model_directory if facts else None,
-        model_digest=facts.model.digest if facts else None,
-        data_digest=facts.data.digest if facts else None,
-        **rest,
-    )
+    return task_config(spec, task, name="memory", run_directory=layout.root, work=work, **rest)
 
 
 def _run(layout: RunLayout, config: StageConfig) -> StageReport:

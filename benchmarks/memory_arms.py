@@ -1,11 +1,11 @@
 """What benchmarks/memory.py measures: arms, each a change of one manifest."""
 
-import copy
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from quality_arms import CHAT_TEMPLATE
+from trainer_tasks import edited
 
 FULL = "full"
 """The arm that resident memory is compared with."""
@@ -46,13 +46,7 @@ class Arm:
 
     def manifest(self) -> dict[str, Any]:
         """Return the arm's manifest."""
-        document = copy.deepcopy(MANIFEST)
-        for path, value in self.edits.items():
-            *parents, last = path.split(".")
-            place = document["spec"]
-            for part in parents:
-                place = place.setdefault(part, {})
-            place[last] = copy.deepcopy(value)
+        document = edited(MANIFEST, self.edits)
         if "stages" in document["spec"]:
             del document["spec"]["schedule"]
         return document

@@ -3,11 +3,12 @@
 An arm is a change of one manifest; a cell is an arm at one rate, number of passes and seed.
 """
 
-import copy
 import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
+
+from trainer_tasks import edited
 
 SEEDS = (1, 2, 3)
 REFERENCE = "lora"
@@ -104,19 +105,12 @@ class Cell:
 
     def manifest(self, edits: Mapping[str, Any] | None = None) -> dict[str, Any]:
         """Return the cell's manifest, with further `edits` on top."""
-        document = copy.deepcopy(MANIFEST)
         own = {
             "training.learningRate": self.rate,
             "training.seed": self.seed,
             "schedule.epochsPerStage": self.passes,
         }
-        for path, value in {**own, **self.arm.edits, **(edits or {})}.items():
-            *parents, last = path.split(".")
-            place = document["spec"]
-            for part in parents:
-                place = place.setdefault(part, {})
-            place[last] = copy.deepcopy(value)
-        return document
+        return edited(MANIFEST, {**own, **self.arm.edits, **(edits or {})})
 
 
 def _averaged(title: str) -> Mapping[str, Derived]:

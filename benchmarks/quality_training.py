@@ -23,10 +23,8 @@ from transformers import AutoTokenizer
 from quality_arms import BASE_FILE, Cell
 from stagetune_api.facts import Facts
 from stagetune_api.names import RunLayout
-from stagetune_api.spec import StagedFineTune, StagedFineTuneSpec
+from stagetune_api.spec import StagedFineTuneSpec
 from stagetune_api.stage import ParentRef, PlannedStage, StageConfig, Task
-from stagetune_api.training_spec import ProtectionSpec
-from stagetune_api.validation import parse_manifest
 from stagetune_operator.estimate import Machine
 from stagetune_operator.plan import Plan, make_plan
 from stagetune_trainer.assemble import assemble, load_base_for_export
@@ -44,6 +42,7 @@ from stagetune_trainer.loss import AnswerLoss
 from stagetune_trainer.metrics import ProgressLog
 from stagetune_trainer.start_clock import StartClock
 from stagetune_trainer.train import train_stage
+from trainer_tasks import spec_of, task_config
 
 CPU = torch.device("cpu")
 BASE_TENSORS, TRAINED_FILE = "base.safetensors", "trained.json"
@@ -72,7 +71,7 @@ def run(cell: Cell, work: Path) -> Iterator[dict[str, Any]]:
     """
     torch.use_deterministic_algorithms(True, warn_only=True)
     root = work / "runs" / cell.id
-    spec = _spec(cell.manifest())
+    spec = spec_of(cell.manifest())
     trained = _read(root / TRAINED_FILE) or _train(cell, spec, root, work)
     known = {"rate": cell.rate, "passes": cell.passes, "seed": cell.seed, **trained.measured}
     config = _config(
@@ -93,7 +92,7 @@ def run(cell: Cell, work: Path) -> Iterator[dict[str, Any]]:
     }
     for suffix, derived in cell.arm.derived.items():
         started = time.process_time()
-        decoder, extra = _derive(_spec(cell.manifest(derived.edits)), config)
+        decoder, extra = _derive(spec_of(cell.manifest(derived.edits)), config)
         seconds = trained.measured["seconds"] + time.process_time() - started
         yield {
             "id": cell.derived_id(suffix),
@@ -162,38 +161,16 @@ def _read(path: Path) -> Trained | None:
     )
 
 
-def _spec(document: dict[str, Any]) -> StagedFineTuneSpec:
-    manifest = parse_manifest(document)
-    if not isinstance(manifest, StagedFineTune):
-        raise SystemExit("\n".join(f"{problem.path}: {problem.message}" for problem in manifest))
-    return manifest.spec
-
-
 def _config(
     spec: StagedFineTuneSpec, root: Path, work: Path, task: Task, facts: Facts | None, **rest: Any
 ) -> StageConfig:
-    return StageConfig(
-        task=task,
-        run_name="quality",
-        attempt=1,
-        run_directory=str(root),
-        models_directory=str(work / "models"),
-        manifest_directory=str(work),
-        model=spec.model,
-        dataset=spec.dataset,
-        method=spec.method,
-        training=spec.training,
-        protection=spec.protection or ProtectionSpec(),
-        gradient_norm=spec.gradient_profile if task is Task.PREPARE else None,
+    if task is Task.PREPARE:
+        rest["gradient_norm"] = spec.gradient_profile
+    if task is Task.TRAIN:
         # No arm pays for what is measured here anyway.
-        evaluation=spec.evaluation.model_copy(update={"general_text": None})
-        if task is Task.TRAIN
-        else spec.evaluation,
-        export=spec.export,
-        model_directory=facts.model_directory if facts else None,
-        model_digest=facts.model.digest if facts else None,
-        data_digest=facts.data.digest if facts else None,
-        **rest,
+        rest["evaluation"] = spec.evaluation.model_copy(update={"general_text": None})
+    return task_config(
+        spec, task, name="quality", run_directory=root, work=work, facts=facts, **rest
     )
 
 

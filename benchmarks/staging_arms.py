@@ -4,6 +4,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+# The same rows have to be the same tokens in every program, whatever its templates add.
+from quality_arms import CHAT_TEMPLATE
+
 REFERENCE = "full"
 """The arm that all others are held against."""
 NUM_STAGES = 3
@@ -12,13 +15,6 @@ TOP_SHARE = 10
 
 SYSTEM = "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 """The system prompt that the model's own template writes; here every row says it itself."""
-# The same rows have to be the same tokens in every program, whatever its templates add.
-CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
 LEARNING_RATE = 1e-4
 BATCH_SIZE = 8
 MAX_LENGTH = 128

@@ -17,14 +17,13 @@ from stagetune_api.files import write_file_atomically
 from stagetune_api.names import RunLayout, newest_attempt
 from stagetune_api.progress import Progress, ProgressKind
 from stagetune_api.report import StageReport
-from stagetune_api.spec import StagedFineTune, StagedFineTuneSpec
+from stagetune_api.spec import StagedFineTuneSpec
 from stagetune_api.stage import ParentRef, PlannedStage, StageConfig, Task
-from stagetune_api.training_spec import ProtectionSpec
-from stagetune_api.validation import parse_manifest
 from stagetune_operator.estimate import Machine
 from stagetune_operator.plan import Plan, make_plan
 from staging_arms import Arm, manifest
 from staging_process import FILL, READY, STEP, Measured, run_process
+from trainer_tasks import spec_of, task_config
 
 TRAINER = (sys.executable, "-m", "stagetune_trainer")
 _FILLING = re.compile(r"^computing .*\bprefix-\d+$")
@@ -46,7 +45,7 @@ class Run:
         """What prepare measured; the Task is done the first time."""
         if self._facts is None:
             layout = self.layout.task("prepare")
-            config = self._config(self._spec(manifest_of_none(self.model_source)), Task.PREPARE)
+            config = self._config(spec_of(manifest_of_none(self.model_source)), Task.PREPARE)
             report = self._task(config, layout.root, TRAINER)[1]
             if report.facts is None:
                 raise RuntimeError("prepare left no facts")
@@ -63,7 +62,7 @@ class Run:
 
         A cached arm has a cache below every stage, also where one pass alone is not worth it.
         """
-        spec = self._spec(manifest(arm, self.facts.model.num_layers, self.model_source))
+        spec = spec_of(manifest(arm, self.facts.model.num_layers, self.model_source))
         plan = make_plan(spec, self.facts, Machine(is_gpu=False))
         if not isinstance(plan, Plan):
             raise SystemExit("\n".join(f"{problem.path}: {problem.message}" for problem in plan))
@@ -94,7 +93,7 @@ class Run:
             stage = planned
             if steps is not None:
                 stage = planned.model_copy(update={"steps": steps, "validation_interval": steps})
-            config = self._config(spec, Task.TRAIN, stage=stage, chain=chain)
+            config = self._config(spec, Task.TRAIN, stage=stage, chain=list(chain))
             layout = self.layout.stage(stage.directory)
             measured, report = self._task(config, layout.root, program)
             if report.output is None:
@@ -118,40 +117,15 @@ class Run:
         report = StageReport.model_validate_json((directory / "report.json").read_bytes())
         return measured, report
 
-    def _spec(self, document: dict[str, Any]) -> StagedFineTuneSpec:
-        found = parse_manifest(document)
-        if not isinstance(found, StagedFineTune):
-            raise SystemExit("\n".join(f"{problem.path}: {problem.message}" for problem in found))
-        return found.spec
-
-    def _config(
-        self,
-        spec: StagedFineTuneSpec,
-        task: Task,
-        *,
-        stage: PlannedStage | None = None,
-        chain: Sequence[ParentRef] = (),
-    ) -> StageConfig:
-        facts = self.facts if task is not Task.PREPARE else None
-        return StageConfig(
-            task=task,
-            run_name="staging",
-            attempt=1,
-            run_directory=str(self.layout.root),
-            models_directory=str(self.work / "models"),
-            manifest_directory=str(self.work),
-            model=spec.model,
-            dataset=spec.dataset,
-            method=spec.method,
-            training=spec.training,
-            protection=spec.protection or ProtectionSpec(),
-            evaluation=spec.evaluation,
-            export=spec.export,
-            model_directory=facts.model_directory if facts else None,
-            model_digest=facts.model.digest if facts else None,
-            data_digest=facts.data.digest if facts else None,
-            stage=stage,
-            chain=list(chain),
+    def _config(self, spec: StagedFineTuneSpec, task: Task, **rest: Any) -> StageConfig:
+        return task_config(
+            spec,
+            task,
+            name="staging",
+            run_directory=self.layout.root,
+            work=self.work,
+            facts=self.facts if task is not Task.PREPARE else None,
+            **rest,
         )
 
 

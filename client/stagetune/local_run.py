@@ -31,7 +31,7 @@ from stagetune_api.names import RunLayout, StageLayout, TrainerExitCode
 from stagetune_api.problems import InvalidManifestError
 from stagetune_api.progress import Progress
 from stagetune_api.report import Failure, FailureClass, StageReport
-from stagetune_api.spec import RuntimeSpec, StagedFineTuneSpec
+from stagetune_api.spec import StagedFineTuneSpec
 from stagetune_api.spec_checks import Runner, check_runner
 from stagetune_api.stage import (
     EnginePlan,
@@ -105,17 +105,14 @@ def run_locally(
 
 def cluster_sections(spec: StagedFineTuneSpec) -> list[str]:
     """Return the paths of what `spec` gives and a run on this machine passes over."""
-    sections = {"storage": spec.storage, "retry": spec.retry}
-    counted_here = RuntimeSpec(
-        **{
-            name: getattr(spec.runtime, name)
-            for name in ("engine", "processes_per_node", "deepspeed")
-            if spec.runtime is not None
-        }
-    )
-    found = [f"spec.{name}" for name, section in sections.items() if section is not None]
-    has_more = spec.runtime is not None and spec.runtime != counted_here
-    return ["spec.runtime", *found] if has_more else found
+    counted_here = {"engine", "processes_per_node", "deepspeed"}
+    runtime = spec.runtime
+    sections = {
+        "runtime": runtime and runtime.model_dump(exclude=counted_here, exclude_defaults=True),
+        "storage": spec.storage,
+        "retry": spec.retry,
+    }
+    return [f"spec.{name}" for name, section in sections.items() if section]
 
 
 class _Run:

@@ -9,6 +9,8 @@ from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from stop_requests import NeverAsked
+
 # Both are read when the libraries are imported: no test may reach a hub, nor draw progress bars.
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -256,12 +258,6 @@ def make_stage_config(
         return StageConfig.model_validate(_merged(defaults, fields))
 
     return make
-
-
-class NeverAsked:
-    """A request to stop that nobody makes."""
-
-    requested = False
 
 
 def build_stage(index: int, first: int, last: int, **options: Any) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from stagetune_trainer.data.batch import Batch, collate
 from stagetune_trainer.data.store import StoredRow
 from stagetune_trainer.run import run_task
 from stagetune_trainer.tensor_file import RowTensors
+from stop_requests import AfterChecks
 
 MakeConfig = Callable[..., StageConfig]
 MakeStage = Callable[..., dict[str, Any]]
@@ -87,18 +88,6 @@ def test_the_thread_ends_when_the_loop_is_left_in_the_middle() -> None:
     with pytest.raises(RuntimeError, match="diverged"):
         diverge()
     assert threads() == []
-
-
-class AfterChecks:
-    """Asks to stop when it has been looked at `count` times."""
-
-    def __init__(self, count: int) -> None:
-        self._left = count
-
-    @property
-    def requested(self) -> bool:
-        self._left -= 1
-        return self._left < 0
 
 
 def test_a_stage_reads_its_cache_ahead_and_leaves_no_thread(

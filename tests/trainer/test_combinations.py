@@ -18,6 +18,7 @@ from stagetune_api.report import StageReport
 from stagetune_api.stage import StageConfig
 from stagetune_trainer.assemble import assemble
 from stagetune_trainer.run import run_task
+from stop_requests import AfterChecks
 
 MakeConfig = Callable[..., StageConfig]
 MakeStage = Callable[..., dict[str, Any]]
@@ -33,18 +34,6 @@ EVERYTHING = {
 
 def lora(kind: str = "LoRA", **options: Any) -> dict[str, Any]:
     return {"type": kind, "lora": {"rank": 2, **options}}
-
-
-class AfterChecks:
-    """Asks to stop when it has been looked at `count` times."""
-
-    def __init__(self, count: int) -> None:
-        self._left = count
-
-    @property
-    def requested(self) -> bool:
-        self._left -= 1
-        return self._left < 0
 
 
 class Runs:

@@ -23,6 +23,7 @@ from stagetune_api.names import TrainerExitCode
 from stagetune_api.report import FailureClass, Outcome, StageReport
 from stagetune_api.stage import StageConfig
 from stagetune_trainer.run import run_task
+from stop_requests import AfterChecks, NeverAsked
 
 try:
     importlib.metadata.version("deepspeed")
@@ -36,22 +37,6 @@ ROUNDING = {"rtol": 0.0, "atol": 2e-5}
 ZERO2 = {"processesPerNode": 2, "zeroStage": 2}
 ZERO3 = {"processesPerNode": 2, "zeroStage": 3}
 THREE = {"processesPerNode": 3, "zeroStage": 3}
-
-
-class NeverAsked:
-    requested = False
-
-
-class AfterChecks:
-    """Asks to stop when it has been looked at `count` times."""
-
-    def __init__(self, count: int) -> None:
-        self._left = count
-
-    @property
-    def requested(self) -> bool:
-        self._left -= 1
-        return self._left < 0
 
 
 class Ended(NamedTuple):

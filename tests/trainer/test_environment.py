@@ -20,16 +20,16 @@ from stagetune_trainer.environment import set_up_environment
 from stagetune_trainer.start_clock import StartClock, seconds_since_process_start
 
 MakeConfig = Callable[..., StageConfig]
-# Every task of a run, one after the other in one process: the imports are the dear part.
+# Every task of a run, each in a process of its own, as its pod has it.
 SCRIPT = """
-import json, os, pwd, sys
+import json, os, pwd, subprocess, sys
 from pathlib import Path
-from stagetune_trainer.__main__ import main
 volume = Path(sys.argv[1])
 def run(name, **fields):
     config = json.loads((volume / "template.json").read_text()) | fields
     (volume / f"{name}.json").write_text(json.dumps(config))
-    code = main([str(volume / f"{name}.json"), f"--termination-message={volume}/{name}.log"])
+    command = [sys.executable, "-m", "stagetune_trainer", str(volume / f"{name}.json")]
+    code = subprocess.run([*command, f"--termination-message={volume}/{name}.log"]).returncode
     report = json.loads((volume / f"{name}.log").read_text())
     assert code == 0, report
     return report

@@ -22,24 +22,13 @@ from stagetune_trainer.decoder import freeze_prefix
 from stagetune_trainer.errors import UserError
 from stagetune_trainer.methods.expand import ExpandMethod, check_expandable, residual_writers
 from stagetune_trainer.run import run_task
+from stop_requests import AfterChecks
 
 FAMILIES = ["llama", "qwen2", "qwen3", "mistral", "gemma", "gemma2", "phi", "phi3"]
 METHOD = {"type": "Expand", "expand": {"layersPerBlock": 2}}
 MakeConfig = Callable[..., StageConfig]
 MakeStage = Callable[..., dict[str, Any]]
 MakeModel = Callable[..., Path]
-
-
-class AfterChecks:
-    """Asks to stop when it has been looked at `count` times."""
-
-    def __init__(self, count: int) -> None:
-        self._left = count
-
-    @property
-    def requested(self) -> bool:
-        self._left -= 1
-        return self._left < 0
 
 
 def expand(size: int) -> ExpandMethod:

@@ -14,21 +14,10 @@ from stagetune_api.report import StageReport
 from stagetune_api.stage import StageConfig
 from stagetune_trainer import retention
 from stagetune_trainer.run import run_task
+from stop_requests import AfterChecks
 
 MakeConfig = Callable[..., StageConfig]
 Export = Callable[..., StageReport]
-
-
-class AfterChecks:
-    """Asks to stop when it has been looked at `count` times."""
-
-    def __init__(self, count: int) -> None:
-        self._left = count
-
-    @property
-    def requested(self) -> bool:
-        self._left -= 1
-        return self._left < 0
 
 
 @pytest.fixture

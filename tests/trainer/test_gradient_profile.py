@@ -21,17 +21,14 @@ from stagetune_trainer.decoder import Decoder, checkpoint_activations, find_deco
 from stagetune_trainer.gradient_profile import PROFILE_FILE, relative_gradient_norms
 from stagetune_trainer.model import Numerics
 from stagetune_trainer.run import run_task
+from stop_requests import NeverAsked
 
 MakeConfig = Callable[..., StageConfig]
 FP32 = Numerics(device=torch.device("cpu"), dtype=torch.float32)
 
 
-class Never:
-    requested = False
-
-
 def prepared(config: StageConfig) -> StageReport:
-    report, code = run_task(config, Never())
+    report, code = run_task(config, NeverAsked())
     assert code == TrainerExitCode.SUCCEEDED, report.failure
     return report
 

@@ -25,21 +25,10 @@ from stagetune_trainer.optimizers import make_optimizer
 from stagetune_trainer.run import run_task
 from stagetune_trainer.training_state import RandomState, TrainingState, WholeTensors
 from stagetune_trainer.update import AccumulatedUpdate, BackwardUpdate
+from stop_requests import AfterChecks
 
 Train = Callable[..., tuple[StageReport, TrainerExitCode]]
 EIGHT_BIT = TrainingSpec(optimizer=OptimizerType.ADAMW_8BIT)
-
-
-class AfterChecks:
-    """Asks to stop when it has been looked at `count` times."""
-
-    def __init__(self, count: int) -> None:
-        self._left = count
-
-    @property
-    def requested(self) -> bool:
-        self._left -= 1
-        return self._left < 0
 
 
 @pytest.fixture

@@ -20,16 +20,13 @@ from stagetune_trainer import model, stage_model, tail_model
 from stagetune_trainer.prefix.cache import PrefixCache
 from stagetune_trainer.run import run_task
 from stagetune_trainer.tensor_file import TensorFileWriter
+from stop_requests import AfterChecks, NeverAsked
 
 MakeConfig = Callable[..., StageConfig]
 MakeStage = Callable[..., dict[str, Any]]
 CACHED = {"prefixCache": {"used": True, "reason": "a test wants it"}}
 LORA = {"type": "LoRA", "lora": {"rank": 2, "dropout": 0.1}}
 SHUFFLED = {"epochs": 2.0, "steps": 16}
-
-
-class Never:
-    requested = False
 
 
 class Run:
@@ -49,7 +46,7 @@ class Run:
     ) -> StageReport:
         stage = self._make_stage(index, first, last, **options)
         config = self._make_config("Train", stage=stage, chain=self.reports[:index], **self._fields)
-        report, code = run_task(config, stop or Never())
+        report, code = run_task(config, stop or NeverAsked())
         assert code in (TrainerExitCode.SUCCEEDED, TrainerExitCode.INTERRUPTED), report.failure
         if code is TrainerExitCode.SUCCEEDED:
             self.reports[index:] = [report]
@@ -314,18 +311,6 @@ def test_a_smaller_micro_batch_reads_the_cache_that_is_there(make_run: Callable[
     run.set_training(microBatchSize=1)
     run.stage(1, 2, 3, **SHUFFLED, **CACHED)
     assert only_cache(run).stat().st_mtime_ns == written
-
-
-class AfterChecks:
-    """Asks to stop when it has been looked at `count` times."""
-
-    def __init__(self, count: int) -> None:
-        self._left = count
-
-    @property
-    def requested(self) -> bool:
-        self._left -= 1
-        return self._left < 0
 
 
 @pytest.mark.parametrize("checks", [3, 60])

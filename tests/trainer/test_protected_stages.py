@@ -20,6 +20,7 @@ from stagetune_api.stage import StageConfig
 from stagetune_trainer.data.store import RowReader, Split, rows_path
 from stagetune_trainer.protect import protection
 from stagetune_trainer.run import run_task
+from stop_requests import AfterChecks, NeverAsked
 
 MakeConfig = Callable[..., StageConfig]
 RunTask = Callable[..., tuple[StageReport, TrainerExitCode]]
@@ -29,22 +30,6 @@ EVERYTHING = {
     "replay": {"ratio": 0.5, "generated": {"tokens": 400}},
 }
 SENTENCES = ["The moon is round and old.", "Water runs down.", "A bird has two wings.", "Snow."]
-
-
-class Never:
-    requested = False
-
-
-class AfterChecks:
-    """Asks to stop when it has been looked at `count` times."""
-
-    def __init__(self, count: int) -> None:
-        self._left = count
-
-    @property
-    def requested(self) -> bool:
-        self._left -= 1
-        return self._left < 0
 
 
 @pytest.fixture
@@ -70,7 +55,7 @@ def run(
                     protection=protection,
                     attempt=0,
                 ),
-                Never(),
+                NeverAsked(),
             )
             assert code == TrainerExitCode.SUCCEEDED, report.failure
             assert report.facts is not None
@@ -104,7 +89,7 @@ def run(
             **prepared(directory, protection),
             **fields,
         )
-        return run_task(config, stop or Never())
+        return run_task(config, stop or NeverAsked())
 
     return run_one
 
@@ -348,7 +333,9 @@ def test_meters_agree_with_the_evaluation(
 def test_run_without_general_text_has_the_distance_to_the_base_alone(
     make_later_config: MakeConfig, make_stage: Callable[..., dict[str, Any]], tmp_path: Path
 ) -> None:
-    report = succeeded(run_task(make_later_config("Train", stage=make_stage(0, 0, 1)), Never()))
+    report = succeeded(
+        run_task(make_later_config("Train", stage=make_stage(0, 0, 1)), NeverAsked())
+    )
     assert report.train is not None
     assert report.train.initial_general_loss is None
     assert report.train.general_loss is None
@@ -374,7 +361,7 @@ def test_generated_text_is_the_same_for_the_same_seed(
         config = make_stage_config(
             run_directory=str(tmp_path / name), protection=EVERYTHING, training={"seed": seed}
         )
-        report, code = run_task(config, Never())
+        report, code = run_task(config, NeverAsked())
         assert code is TrainerExitCode.SUCCEEDED, report.failure
         assert report.facts is not None
         assert report.facts.data.replay_tokens in (399, 400)
@@ -391,7 +378,7 @@ def test_text_sampled_in_another_number_format_is_other_data(
     for attempt, precision in enumerate(("FP32", "FP32", "BF16"), start=1):
         training = {"precision": precision}
         config = make_stage_config(protection=EVERYTHING, training=training, attempt=attempt)
-        report, code = run_task(config, Never())
+        report, code = run_task(config, NeverAsked())
         assert code is TrainerExitCode.SUCCEEDED, report.failure
         assert report.facts is not None
         digests.append(report.facts.data.digest)
@@ -407,7 +394,7 @@ def test_text_on_which_forgetting_is_measured_is_not_replayed_under_another_name
         evaluation={"generalText": {"source": "file://./general.jsonl"}},
         protection={"replay": {"ratio": 0.5, "source": "file://./copy.jsonl"}},
     )
-    report, code = run_task(config, Never())
+    report, code = run_task(config, NeverAsked())
     assert code is TrainerExitCode.USER_ERROR
     assert report.failure is not None
     assert report.failure.failure_class is FailureClass.USER_ERROR

@@ -24,24 +24,13 @@ from stagetune_trainer.methods import nf4
 from stagetune_trainer.methods.nf4 import Nf4Linear
 from stagetune_trainer.methods.qlora import QloraMethod
 from stagetune_trainer.run import run_task
+from stop_requests import AfterChecks
 
 CPU = torch.device("cpu")
 METHOD = {"type": "QLoRA", "lora": {"rank": 2}}
 MakeConfig = Callable[..., StageConfig]
 MakeStage = Callable[..., dict[str, Any]]
 MakeModel = Callable[..., Path]
-
-
-class AfterChecks:
-    """Asks to stop when it has been looked at `count` times."""
-
-    def __init__(self, count: int) -> None:
-        self._left = count
-
-    @property
-    def requested(self) -> bool:
-        self._left -= 1
-        return self._left < 0
 
 
 def weights(report: StageReport) -> dict[str, torch.Tensor]:

@@ -26,13 +26,10 @@ from stagetune_trainer.errors import (
     UserError,
 )
 from stagetune_trainer.run import classify, failed, run_task
+from stop_requests import NeverAsked
 
 MakeConfig = Callable[..., StageConfig]
 PROBLEM = Problem(path="spec.model.source", reason=ProblemReason.NOT_FOUND, message="is not there")
-
-
-class Never:
-    requested = False
 
 
 def cpu_allocation_error() -> BaseException:
@@ -91,7 +88,7 @@ def test_failed_task_leaves_a_report_with_every_problem(
     make_stage_config: MakeConfig, tmp_path: Path
 ) -> None:
     config = make_stage_config(model={"source": "file://./nowhere"})
-    report, code = run_task(config, Never())
+    report, code = run_task(config, NeverAsked())
     assert code == TrainerExitCode.USER_ERROR
     path = tmp_path / "run" / "tasks" / "prepare" / "report.json"
     assert StageReport.model_validate_json(path.read_bytes()) == report
@@ -110,15 +107,15 @@ def test_full_disk_is_reported_as_such(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
-    report, code = run_task(make_stage_config(), Never())
+    report, code = run_task(make_stage_config(), NeverAsked())
     assert code == TrainerExitCode.STORAGE_FULL
     assert report.failure is not None
     assert "No space left" in report.failure.message
 
 
 def test_same_attempt_cannot_be_started_twice(make_stage_config: MakeConfig) -> None:
-    assert run_task(make_stage_config(), Never())[1] == TrainerExitCode.SUCCEEDED
-    report, code = run_task(make_stage_config(), Never())
+    assert run_task(make_stage_config(), NeverAsked())[1] == TrainerExitCode.SUCCEEDED
+    report, code = run_task(make_stage_config(), NeverAsked())
     assert code == TrainerExitCode.FENCED
     assert report.failure is not None
     assert "attempt 1 has been started already" in report.failure.message
@@ -158,7 +155,7 @@ def test_stage_whose_reader_is_gone_saves_all_the_same(
     make_stage_config: MakeConfig, tmp_path: Path
 ) -> None:
     """The command is killed: its ends of both pipes close at the same moment."""
-    prepared, code = run_task(make_stage_config(), Never())
+    prepared, code = run_task(make_stage_config(), NeverAsked())
     assert code == TrainerExitCode.SUCCEEDED
     facts = prepared.facts
     assert facts is not None

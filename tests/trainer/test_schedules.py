@@ -19,6 +19,7 @@ from stagetune_api.stage import StageConfig
 from stagetune_trainer.decoder import Decoder, find_decoder, freeze_prefix
 from stagetune_trainer.methods import make_method
 from stagetune_trainer.run import run_task
+from stop_requests import AfterChecks, NeverAsked
 
 MakeConfig = Callable[..., StageConfig]
 MakeStage = Callable[..., dict[str, Any]]
@@ -27,28 +28,14 @@ TOP = {"first": 3, "last": 3}
 LORA = {"type": "LoRA", "lora": {"rank": 2, "dropout": 0.1}}
 
 
-class Never:
-    requested = False
-
-
-class AfterChecks:
-    """Asks to stop when it has been looked at `count` times."""
-
-    def __init__(self, count: int) -> None:
-        self._left = count
-
-    @property
-    def requested(self) -> bool:
-        self._left -= 1
-        return self._left < 0
-
-
 @pytest.fixture
 def train(make_later_config: MakeConfig) -> Train:
     """`train(stage, chain=[reports], stop=..., **fields)`: the report of a stage that succeeded."""
 
     def run(stage: dict[str, Any], *, stop: Any = None, **fields: Any) -> StageReport:
-        report, code = run_task(make_later_config("Train", stage=stage, **fields), stop or Never())
+        report, code = run_task(
+            make_later_config("Train", stage=stage, **fields), stop or NeverAsked()
+        )
         assert code in (TrainerExitCode.SUCCEEDED, TrainerExitCode.INTERRUPTED), report.failure
         return report
 
@@ -138,11 +125,11 @@ def test_next_stage_goes_on_with_the_open_top_it_was_handed(
     assert all(before[name].shape == after[name].shape for name in again)
     assert any(not torch.equal(before[name], after[name]) for name in again)
     exported, code = run_task(
-        make_later_config("Export", method=method, chain=[first, second]), Never()
+        make_later_config("Export", method=method, chain=[first, second]), NeverAsked()
     )
     assert code == TrainerExitCode.SUCCEEDED, exported.failure
     evaluated, code = run_task(
-        make_later_config("Evaluate", method=method, chain=[first, second]), Never()
+        make_later_config("Evaluate", method=method, chain=[first, second]), NeverAsked()
     )
     assert code == TrainerExitCode.SUCCEEDED, evaluated.failure
     assert evaluated.evaluation is not None
@@ -160,7 +147,7 @@ def test_later_stage_wins_where_a_layer_was_opened_twice(
     first = train(make_stage(0, 0, 0, topLayers=TOP))
     second = train(make_stage(1, 1, 1, topLayers=TOP), chain=[first])
 
-    report, _ = run_task(make_later_config("Export", chain=[first, second]), Never())
+    report, _ = run_task(make_later_config("Export", chain=[first, second]), NeverAsked())
 
     assert report.export is not None
     exported = load_file(Path(report.export) / names.WEIGHTS_FILE)
@@ -227,14 +214,14 @@ def test_rank_of_a_stage_is_that_of_its_adapters_and_of_the_export(
     assert ranks == {0: 2, 1: 2, 2: 4, 3: 4}
 
     chain = [first, second]
-    merged, _ = run_task(make_later_config("Export", method=method, chain=chain), Never())
+    merged, _ = run_task(make_later_config("Export", method=method, chain=chain), NeverAsked())
     assert merged.export is not None
     model = AutoModelForCausalLM.from_pretrained(merged.export)
     tokens = torch.arange(3, 27).reshape(2, 12)
     with torch.no_grad():
         expected = model(input_ids=tokens).logits
     fields = {"method": method, "chain": chain, "export": {"format": "Adapter"}}
-    adapter, code = run_task(make_later_config("Export", **fields), Never())
+    adapter, code = run_task(make_later_config("Export", **fields), NeverAsked())
     assert code == TrainerExitCode.SUCCEEDED, adapter.failure
     assert adapter.export is not None
     settings = json.loads((Path(adapter.export) / "adapter_config.json").read_text())

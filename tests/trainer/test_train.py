@@ -17,6 +17,7 @@ from stagetune_api.report import FailureClass, Outcome, StageReport
 from stagetune_api.stage import StageConfig
 from stagetune_trainer.loss import OutputHead
 from stagetune_trainer.run import run_task
+from stop_requests import AfterChecks, NeverAsked
 
 MakeConfig = Callable[..., StageConfig]
 RunStage = Callable[..., tuple[StageReport, TrainerExitCode]]
@@ -30,22 +31,6 @@ NO_ESTIMATE = {
     "stepFlops": 0,
     "relativeStepFlops": 0.0,
 }
-
-
-class Never:
-    requested = False
-
-
-class AfterChecks:
-    """Asks to stop when it has been looked at `count` times."""
-
-    def __init__(self, count: int) -> None:
-        self._left = count
-
-    @property
-    def requested(self) -> bool:
-        self._left -= 1
-        return self._left < 0
 
 
 def planned(index: int, first: int, last: int, **options: Any) -> dict[str, Any]:
@@ -69,7 +54,7 @@ def planned(index: int, first: int, last: int, **options: Any) -> dict[str, Any]
 @pytest.fixture
 def run_stage(make_stage_config: MakeConfig, tmp_path: Path) -> RunStage:
     """`run_stage(stage, stop=..., chain=..., run=..., **fields)` of a run that is prepared once."""
-    report, code = run_task(make_stage_config(), Never())
+    report, code = run_task(make_stage_config(), NeverAsked())
     assert code == TrainerExitCode.SUCCEEDED, report.failure
     assert report.facts is not None
     facts = report.facts
@@ -99,7 +84,7 @@ def run_stage(make_stage_config: MakeConfig, tmp_path: Path) -> RunStage:
             chain=[{"path": output.path, "digest": output.digest} for output in outputs],
             **fields,
         )
-        return run_task(config, stop or Never())
+        return run_task(config, stop or NeverAsked())
 
     return run
 
@@ -409,7 +394,7 @@ def test_two_stages_train_in_every_family(
     make_tiny_model: Callable[..., Path],
 ) -> None:
     model = {"source": f"file://{make_tiny_model(family)}"}
-    prepared, code = run_task(make_stage_config(model=model), Never())
+    prepared, code = run_task(make_stage_config(model=model), NeverAsked())
     assert code == TrainerExitCode.SUCCEEDED, prepared.failure
     facts = prepared.facts
     assert facts is not None
@@ -426,7 +411,7 @@ def test_two_stages_train_in_every_family(
             data_digest=facts.data.digest,
             chain=chain,
         )
-        report = succeeded(run_task(config, Never()))
+        report = succeeded(run_task(config, NeverAsked()))
         assert report.output is not None
         assert report.train is not None
         chain.append({"path": report.output.path, "digest": report.output.digest})

@@ -23,13 +23,8 @@ def hide_large_packages(config: StageConfig | None = None) -> None:
     to say so: importing raises ModuleNotFoundError and `importlib.util.find_spec` finds nothing.
     """
     hidden: tuple[str, ...] = _PACKAGES
-    if config is not None:
-        if config.task is Task.TRAIN and config.method.type in _WITHOUT_ADAPTERS:
-            hidden += _OF_ADAPTERS
-        else:
-            # A process may have done a task before that had no use for them.
-            for name in _OF_ADAPTERS:
-                reveal(name)
+    if config is not None and config.task is Task.TRAIN and config.method.type in _WITHOUT_ADAPTERS:
+        hidden += _OF_ADAPTERS
     modules: dict[str, object] = sys.modules  # type: ignore[assignment]  # None is allowed there
     for name in hidden:
         modules.setdefault(name, None)

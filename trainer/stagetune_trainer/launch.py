@@ -31,7 +31,7 @@ from stagetune_api.report import Failure, FailureClass, Outcome, StageReport
 from stagetune_api.stage import EnginePlan, StageConfig, Task
 
 _OUTCOMES_VARIABLE = "STAGETUNE_OUTCOMES_DIRECTORY"
-_RANK_VARIABLE = "RANK"
+RANK_VARIABLE = "RANK"
 """Set by torchrun's launcher in the processes that it starts, and in no other."""
 _SHUTDOWN_SECONDS = 30
 """Left to the other processes when one has failed; they have nothing to save without it."""
@@ -50,12 +50,12 @@ class Stop(Protocol):
 
 def is_started() -> bool:
     """Whether this process is one of several that `run_processes` started."""
-    return _OUTCOMES_VARIABLE in os.environ and _RANK_VARIABLE in os.environ
+    return _OUTCOMES_VARIABLE in os.environ and RANK_VARIABLE in os.environ
 
 
 def leave_outcome(report: StageReport) -> None:
     """Leave a process's report where the process that started it looks."""
-    path = Path(os.environ[_OUTCOMES_VARIABLE]) / f"{os.environ[_RANK_VARIABLE]}.json"
+    path = Path(os.environ[_OUTCOMES_VARIABLE]) / f"{os.environ[RANK_VARIABLE]}.json"
     write_file_atomically(path, report.model_dump_json())
 
 

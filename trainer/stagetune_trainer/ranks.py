@@ -18,8 +18,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-RANK_VARIABLE = "RANK"
-"""Set by torchrun in every process that it starts."""
+from stagetune_trainer.launch import RANK_VARIABLE
+
 _TIMEOUT = timedelta(hours=24)
 """The first process may fill a cache for hours. A process that dies is noticed at once: its
 connections close, and the launcher ends the others."""

@@ -53,17 +53,18 @@ def train_stage(
     numerics = choose_numerics(config.training.precision)
     method = make_method(config.method, choose_master_dtype(config.training, numerics))
     protection = Protection(config, stage, numerics, fence=fence, log=log, stop=stop)
+    loader = StageModelLoader(
+        config=config,
+        stage=stage,
+        method=method,
+        numerics=numerics,
+        protection=protection,
+        fence=fence,
+        log=log,
+        stop=stop,
+    )
     with ranks.first_goes_ahead():
-        model = StageModelLoader(
-            config=config,
-            stage=stage,
-            method=method,
-            numerics=numerics,
-            protection=protection,
-            fence=fence,
-            log=log,
-            stop=stop,
-        ).load()
+        model = loader.load()
     decoder = model.decoder
     if config.training.packing:
         check_packing(decoder, model.window, model.lowest_loaded)
@@ -106,13 +107,7 @@ def train_stage(
     # The meters look at more tokens at once than a step, and need nothing of what it took.
     release_memory()
     measured = _measure(meters, state, log)
-    trained = state.held.parameters()
-    output = None
-    if ranks.is_first:
-        manifest = folder.publish_output(method.output(decoder, trained), state.loop.step)
-        output = CheckpointRef(
-            path=str(folder.layout.output), digest=manifest.digest, step=state.loop.step
-        )
+    output = _publish(folder, method, decoder, state)
     protection.close()
     model.close()
     return StageReport(
@@ -126,6 +121,18 @@ def train_stage(
         output=output,
         train=_result(state, stage, num_trainable).model_copy(update=measured),
     )
+
+
+def _publish(
+    folder: StageFolder, method: Method, decoder: Decoder, state: TrainingState
+) -> CheckpointRef | None:
+    """Publish what the stage hands on and return where; the first process does, for all."""
+    trained = state.held.parameters()
+    if not state.ranks.is_first:
+        return None
+    step = state.loop.step
+    manifest = folder.publish_output(method.output(decoder, trained), step)
+    return CheckpointRef(path=str(folder.layout.output), digest=manifest.digest, step=step)
 
 
 def _read_ahead(batches: Sequence[Batch], model: StageModel, ranks: Ranks) -> list[Batch]:
