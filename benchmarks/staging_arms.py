@@ -31,7 +31,7 @@ class Arm:
     """Of LoRA's adapters; None trains the weights themselves."""
     positions: Literal["all", "answers"] = "answers"
     """Where a plain arm computes logits."""
-    stages: Literal["thirds", "top", "top alone", "default"] | None = None
+    stages: Literal["thirds", "small", "top", "top alone", "default"] | None = None
     """How the decoder is cut; None for all of it at once."""
     cached: bool = False
 
@@ -45,6 +45,9 @@ class Arm:
         }
         by_cut: Mapping[str, dict[str, Any]] = {
             "thirds": {"schedule": {"stageCount": NUM_STAGES, "epochsPerStage": 1}},
+            "small": {
+                "schedule": {"stageCount": num_small_stages(num_layers), "epochsPerStage": 1}
+            },
             "top": {"stages": [below, top]},
             "top alone": {"stages": [top]},
             "default": {},
@@ -55,6 +58,11 @@ class Arm:
 def top_size(num_layers: int) -> int:
     """Return the number of layers of a top stage."""
     return max(1, num_layers // TOP_SHARE)
+
+
+def num_small_stages(num_layers: int) -> int:
+    """Return how many stages there are when all are as small as a top stage."""
+    return num_layers // top_size(num_layers)
 
 
 _EVERYWHERE = ", logits everywhere"
@@ -81,6 +89,13 @@ ARMS = (
         title="the default: 2 stages, cached",
         program="stagetune",
         stages="default",
+        cached=True,
+    ),
+    Arm(
+        name="small-cached",
+        title="10 stages of a tenth, cached",
+        program="stagetune",
+        stages="small",
         cached=True,
     ),
     Arm(name="full-all", title="full fine-tuning" + _EVERYWHERE, program="plain", positions="all"),

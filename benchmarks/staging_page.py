@@ -27,6 +27,7 @@ TARGETS = (
     ("topStageSeconds", "step of the top stage, seconds", 0.20),
     ("topStageFlops", "step of the top stage, FLOPs", 0.20),
     ("allStagesSecondsPerPass", "a pass of three cached stages, over three full passes", 0.45),
+    ("smallStagesSecondsPerPass", "a pass of ten cached stages, over ten full passes", 0.45),
     ("topStagePeakMemory", "peak resident memory of the top stage", 0.50),
     ("defaultRunOverLora", "a default run over a LoRA run of equal validation loss", 1.0),
 )

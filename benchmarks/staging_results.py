@@ -7,7 +7,7 @@ from statistics import median
 from typing import Any
 
 from stagetune_api.training_spec import DEFAULT_EPOCHS
-from staging_arms import ARMS, NUM_STAGES, REFERENCE, Arm, top_size
+from staging_arms import ARMS, NUM_STAGES, REFERENCE, Arm, num_small_stages, top_size
 
 WARM_STEPS = 2
 """The first steps of every process are not measured: memory is taken and kernels are chosen."""
@@ -31,7 +31,9 @@ def summarise(cells: Sequence[Cell], settings: dict[str, Any]) -> dict[str, Any]
     padded = settings["paddedTokens"]
     scale = sum(padded) / sum(padded[WARM_STEPS:])
     step = sum(padded) / padded[0]
-    measure = Measure(rounds, inside, scale=scale, flop_scale=step)
+    measure = Measure(
+        rounds, inside, num_layers=settings["numLayers"], scale=scale, flop_scale=step
+    )
     return {
         **{name: value for name, value in settings.items() if name != "paddedTokens"},
         "batchSize": round(settings["rows"] / len(padded)),
@@ -42,7 +44,7 @@ def summarise(cells: Sequence[Cell], settings: dict[str, Any]) -> dict[str, Any]
         "ratios": measure.ratios(),
         "arms": [measure.arm(arm) for arm in ARMS if any(arm.name in found for found in rounds)],
         "startUp": measure.start_up(),
-        "profile": measure.profiles(settings["numLayers"]),
+        "profile": measure.profiles(),
         "errors": {cell["arm"]: cell["error"] for cell in cells if "error" in cell},
         "othersShare": spread(
             process["othersShare"] for cell in cells for process in cell.get("processes", [])
@@ -69,10 +71,12 @@ class Measure:
         rounds: Sequence[Round],
         inside: dict[str, list[dict[str, Any]]],
         *,
+        num_layers: int,
         scale: float,
         flop_scale: float,
     ) -> None:
         """`scale` takes measured steps to those of a pass, `flop_scale` the first step."""
+        self._num_layers = num_layers
         self._rounds = rounds
         self._inside = inside
         self._scale = scale
@@ -80,12 +84,14 @@ class Measure:
 
     def ratios(self) -> dict[str, Any]:
         """Return what the targets speak of, each relative to full fine-tuning."""
-        stages = 1 / NUM_STAGES
+        stages, small = 1 / NUM_STAGES, 1 / num_small_stages(self._num_layers)
         found = {
             "topStageSeconds": self._seconds("top-cached", _steps_of(-1)),
             "topStageFlops": self._step_flops("top-cached", -1),
             "allStagesSecondsPerPass": self._seconds("stages-cached", self._pass, factor=stages),
             "allStagesFlopsPerPass": self._pass_flops("stages-cached", factor=stages),
+            "smallStagesSecondsPerPass": self._seconds("small-cached", self._pass, factor=small),
+            "smallStagesFlopsPerPass": self._pass_flops("small-cached", factor=small),
             "uncachedStagesSecondsPerPass": self._seconds(
                 "stages-uncached", self._pass, factor=stages
             ),
@@ -153,14 +159,14 @@ class Measure:
                     programs[by_name[name].program] += [one["startSeconds"] for one in cell]
         return {program: spread(values, 2) for program, values in programs.items()}
 
-    def profiles(self, num_layers: int) -> dict[str, Any]:
+    def profiles(self) -> dict[str, Any]:
         """Return where the time of a middle, an upper and a top stage goes, and what is possible.
 
         `ofLimit` is the share of the step in which its operations would be done at the speed of the
         stage's own matrix products, with nothing between them.
         """
         wanted = {"middle": ("stages-cached", 1), "upper": ("stages-cached", 2)}
-        wanted[f"top {top_size(num_layers)}"] = ("top-cached", 1)
+        wanted[f"top {top_size(self._num_layers)}"] = ("top-cached", 1)
         found = {}
         for title, (arm, place) in wanted.items():
             seen = self._inside.get(arm, [])[place : place + 1]
