@@ -78,7 +78,7 @@ bench-flops: setup  ## Count the FLOPs of a stage's step relative to full fine-t
 	$(RUN) python benchmarks/stage_flops.py
 
 bench-handover: setup  ## Time the hand-overs from stage to stage on a real node, as root
-	PYTHONPATH=tests/support $(RUN) python benchmarks/handover.py
+	PYTHONPATH=tests/support $(RUN) python benchmarks/handover.py $(ARGS)
 
 bench-memory: setup  ## Compare each stage's peak memory with the plan's on the small real model
 	$(RUN) python benchmarks/memory.py $(ARGS)

@@ -46,7 +46,7 @@ PARTS = {
     "release": "container's end -> pod's end (phase) in the API",
     "decide": "pod's end -> next Job in the API",
     "schedule": "Job in the API -> its pod bound to the node",
-    "start": "pod bound -> process of its container began",
+    "start": "pod bound -> process of its container began, or has its stage file",
     "imports": "interpreter and imports",
     "load": "model, data and chain verified and in place",
     "firstStep": "first validation and first step",
@@ -54,7 +54,8 @@ PARTS = {
 """The parts of a hand-over, in their order. The first two are the old stage's; the sum of the rest
 is the hand-over as the operator counts it: from the container's end to the next first step."""
 OF_HANDOVER = tuple(PARTS)[2:]
-TARGET_SECONDS = 10.0
+TARGET_SECONDS, STANDBY_TARGET_SECONDS = 10.0, 5.0
+STANDBY_EPOCHS = 100
 RUN_SECONDS = 3600.0
 IDLE_SECONDS = 5.0
 CLAIM = "handover-inputs"
@@ -180,6 +181,9 @@ def split(
     exited = ended[timeline.containers[run, old.task]]
     told, over = (timeline.moments[run, old.task, what] for what in ("Ended", "Over"))
     job, bound = (timeline.moments[run, new.task, what] for what in ("Job", "Bound"))
+    if bound < over:
+        # It stood by: what is left is that it gets its stage file.
+        job = bound = over
     loaded = new.began + new.imports + new.load
     parts = {
         "publish": old.written - old.last_step,
@@ -197,10 +201,15 @@ def split(
     return parts
 
 
-def manifest(name: str) -> Object:
-    """Return a run with one stage for each layer, each of eight steps."""
+def manifest(name: str, *, standby: bool) -> Object:
+    """Return a run with one stage for each layer, each of eight steps.
+
+    Where pods stand by, of so many that a stage takes longer than a pod needs to get ready.
+    """
+    # Two pods at once, of which one stands by, and the node has one GPU.
+    gpu = {} if standby else {"nvidia.com/gpu": 1}
     resources = {
-        "limits": {"nvidia.com/gpu": 1, "memory": "4Gi"},
+        "limits": {**gpu, "memory": "4Gi"},
         "requests": {"cpu": "100m", "memory": "1Gi"},
     }
     source = f"pvc://{CLAIM}"
@@ -215,16 +224,19 @@ def manifest(name: str) -> Object:
                 "validation": {"fraction": 0.2},
                 "maxLength": 64,
             },
-            "schedule": {"layersPerStage": 1},
+            "schedule": {
+                "layersPerStage": 1,
+                **({"epochsPerStage": STANDBY_EPOCHS} if standby else {}),
+            },
             "training": {"learningRate": 1e-3, "batchSize": 4, "microBatchSize": 4},
             "evaluation": {"exactMatch": {"maxRows": 2, "maxNewTokens": 2}},
-            "runtime": {"resources": resources},
+            "runtime": {"resources": resources, "standby": "Auto" if standby else "Never"},
             "storage": {"size": "10Gi"},
         },
     }
 
 
-def measure(staged: StagedCluster, num_runs: int, num_layers: int) -> Object:
+def measure(staged: StagedCluster, num_runs: int, num_layers: int, *, standby: bool) -> Object:
     """Let runs go through, one after the other, and return every hand-over of each."""
     with tempfile.TemporaryDirectory() as scratch:
         staged.put_inputs(CLAIM, build_workspace(Path(scratch), num_layers=num_layers))
@@ -232,7 +244,7 @@ def measure(staged: StagedCluster, num_runs: int, num_layers: int) -> Object:
     with Timeline(staged.cluster.kubeconfig) as timeline:
         for number in range(num_runs):
             run = f"handover-{number + 1}"
-            staged.apply(manifest(run))
+            staged.apply(manifest(run, standby=standby))
             status = staged.await_status(
                 run,
                 lambda status: status.get("state") == "Succeeded",
@@ -318,9 +330,13 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--runs", type=int, default=1)
     parser.add_argument("--layers", type=int, default=12)
-    parser.add_argument("--output", type=Path, default=Path("benchmarks/results/handover.json"))
+    parser.add_argument("--standby", action="store_true", help="let the next stage's pod stand by")
+    parser.add_argument("--output", type=Path)
     parser.add_argument("--note", default="", help="said of the machine in the result")
     given = parser.parse_args()
+    name = "handover-standby" if given.standby else "handover"
+    output = given.output or Path(f"benchmarks/results/{name}.json")
+    most = STANDBY_TARGET_SECONDS if given.standby else TARGET_SECONDS
     if reason := why_no_node():
         _tell(reason)
         return 1
@@ -333,7 +349,7 @@ def main() -> int:
             time.sleep(IDLE_SECONDS)
             before = (busy_seconds() - busy) / (time.monotonic() - clock)
             busy, clock = busy_seconds(), time.monotonic()
-            result = measure(staged, given.runs, given.layers)
+            result = measure(staged, given.runs, given.layers, standby=given.standby)
             during = (busy_seconds() - busy) / (time.monotonic() - clock)
             nodes.append(other_nodes())
             load.append(os.getloadavg()[0])
@@ -344,8 +360,8 @@ def main() -> int:
     target = {
         "what": "p50 of a hand-over, s",
         "measured": p50,
-        "most": TARGET_SECONDS,
-        "isMet": p50 <= TARGET_SECONDS,
+        "most": most,
+        "isMet": p50 <= most,
     }
     machine = {
         "processors": os.cpu_count(),
@@ -365,10 +381,10 @@ def main() -> int:
         "targets": [target],
         **result,
     }
-    given.output.parent.mkdir(parents=True, exist_ok=True)
-    given.output.write_text(json.dumps(document, indent=2) + "\n")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    output.write_text(json.dumps(document, indent=2) + "\n")
     show(result)
-    print(f"p50 {p50:g} s, target {TARGET_SECONDS:g} s: {'met' if target['isMet'] else 'MISSED'}")
+    print(f"p50 {p50:g} s, target {most:g} s: {'met' if target['isMet'] else 'MISSED'}")
     return 0
 
 

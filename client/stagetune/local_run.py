@@ -21,8 +21,10 @@ from stagetune.run_record import (
     read_report,
 )
 from stagetune.run_report import write_run_report
+from stagetune.standby import Standby, is_near_its_end
 from stagetune.status_board import StatusBoard
-from stagetune.trainer_process import Interruption, log_tail, run_trainer
+from stagetune.task_files import Foreseen, TaskFiles
+from stagetune.trainer_process import Interruption, log_tail
 from stagetune_api import names
 from stagetune_api.artifact import ArtifactError, ArtifactKind, verify_artifact
 from stagetune_api.facts import Facts
@@ -40,7 +42,6 @@ from stagetune_api.stage import (
     StageConfig,
     Task,
     plan_engine,
-    training_of_stage,
 )
 from stagetune_api.status import (
     ConditionReason,
@@ -48,7 +49,6 @@ from stagetune_api.status import (
     RunState,
     StageState,
 )
-from stagetune_api.training_spec import ProtectionSpec
 from stagetune_operator.estimate import Machine
 from stagetune_operator.gradient_groups import describe_gradients
 from stagetune_operator.plan import Plan, make_plan
@@ -105,7 +105,7 @@ def run_locally(
 
 def cluster_sections(spec: StagedFineTuneSpec) -> list[str]:
     """Return the paths of what `spec` gives and a run on this machine passes over."""
-    counted_here = {"engine", "processes_per_node", "deepspeed"}
+    counted_here = {"engine", "processes_per_node", "deepspeed", "standby"}
     runtime = spec.runtime
     sections = {
         "runtime": runtime and runtime.model_dump(exclude=counted_here, exclude_defaults=True),
@@ -131,11 +131,18 @@ class _Run:
         self._layout = layout
         self._listeners = listeners
         self._interruption = interruption
-        self._lock_descriptor = lock_descriptor
+        self._files = TaskFiles(file, layout)
+        self._standby = Standby(lock_descriptor)
         self._board = StatusBoard(layout.status, on_change=listeners.on_status)
 
     def to_its_end(self) -> Path:
         """Do what is missing and return the path of the run's report."""
+        try:
+            return self._do_what_is_missing()
+        finally:
+            self._standby.end()
+
+    def _do_what_is_missing(self) -> Path:
         text = self._file.manifest.model_dump_json(indent=2, exclude_none=True)
         write_file_atomically(self._layout.root / names.RUN_MANIFEST_FILE, text)
         self._board.passed(ConditionType.VALIDATED, ConditionReason.VALID)
@@ -151,7 +158,7 @@ class _Run:
     def _prepare(self) -> tuple[Facts, Machine]:
         """Fetch and tokenise, unless that is done with the same input and still verifies."""
         layout = self._layout.task("prepare")
-        config = self._config(Task.PREPARE, layout)
+        config = self._files.build(Task.PREPARE, layout)
         report = finished_report(layout, config)
         facts = report.facts if report else None
         if facts is None or not self._is_sound(facts):
@@ -209,10 +216,11 @@ class _Run:
         chain: list[ParentRef] = []
         for stage in plan.stages:
             layout = self._layout.stage(stage.directory)
-            config = self._config(Task.TRAIN, layout, facts, stage=stage, chain=chain)
+            config = self._files.build(Task.TRAIN, layout, facts, stage=stage, chain=chain)
             report = finished_report(layout, config)
             if report is None or not self._output_is_sound(stage, report):
-                report = self._train_stage(stage, config, layout)
+                foreseen = self._files.after(stage, plan, facts, chain)
+                report = self._train_stage(stage, config, layout, foreseen)
             if report.output is None:
                 raise RuntimeError(f"{stage.name} succeeded without an output")
             self._board.stage_done(stage.index, report)
@@ -222,16 +230,23 @@ class _Run:
         return chain
 
     def _train_stage(
-        self, stage: PlannedStage, config: StageConfig, layout: StageLayout
+        self,
+        stage: PlannedStage,
+        config: StageConfig,
+        layout: StageLayout,
+        foreseen: Foreseen | None,
     ) -> StageReport:
         self._board.enter(RunState.TRAINING, ConditionReason.TRAINING)
         self._board.stage_started(stage.index, config.attempt)
+
+        def on_progress(progress: Progress) -> None:
+            self._board.stage_progressed(stage.index, progress)
+            if foreseen is not None and is_near_its_end(progress):
+                self._standby.begin(*foreseen)
+
         try:
             return self._run_task(
-                config,
-                layout,
-                ConditionReason.STAGE_FAILED,
-                on_progress=lambda progress: self._board.stage_progressed(stage.index, progress),
+                config, layout, ConditionReason.STAGE_FAILED, on_progress=on_progress
             )
         except RunInterruptedError:
             self._board.stage_ended(stage.index, StageState.INTERRUPTED, None)
@@ -261,7 +276,7 @@ class _Run:
     def _evaluate(self, plan: Plan, facts: Facts, chain: list[ParentRef]) -> float | None:
         """Measure, and return the share of the tuned weights where it was chosen there."""
         layout = self._layout.task("evaluate")
-        config = self._config(Task.EVALUATE, layout, facts, chain=chain, stages=plan.stages)
+        config = self._files.build(Task.EVALUATE, layout, facts, chain=chain, stages=plan.stages)
         report = finished_report(layout, config)
         if report is None:
             self._board.enter(RunState.EVALUATING, ConditionReason.EVALUATING)
@@ -276,7 +291,7 @@ class _Run:
         self, plan: Plan, facts: Facts, chain: list[ParentRef], averaging_alpha: float | None
     ) -> str:
         layout = self._layout.task("export")
-        config = self._config(
+        config = self._files.build(
             Task.EXPORT,
             layout,
             facts,
@@ -303,43 +318,6 @@ class _Run:
             return False
         return True
 
-    def _config(
-        self,
-        task: Task,
-        layout: StageLayout,
-        facts: Facts | None = None,
-        *,
-        stage: PlannedStage | None = None,
-        chain: list[ParentRef] | None = None,
-        stages: list[PlannedStage] | None = None,
-        averaging_alpha: float | None = None,
-    ) -> StageConfig:
-        """Return the file that a trainer is given for `task`."""
-        return StageConfig(
-            task=task,
-            run_name=self._file.manifest.metadata.name,
-            attempt=names.newest_attempt(layout.fence) + 1,
-            run_directory=str(self._layout.root),
-            models_directory=str(self._layout.root.parent / "_models"),
-            manifest_directory=str(self._file.directory),
-            model=self._spec.model,
-            dataset=self._spec.dataset,
-            method=self._spec.method,
-            training=training_of_stage(self._spec.training, stage),
-            protection=self._spec.protection or ProtectionSpec(),
-            gradient_norm=self._spec.gradient_profile if task is Task.PREPARE else None,
-            evaluation=self._spec.evaluation,
-            export=self._spec.export,
-            model_directory=facts.model_directory if facts else None,
-            model_digest=facts.model.digest if facts else None,
-            data_digest=facts.data.digest if facts else None,
-            stage=stage,
-            engine=plan_engine(self._spec.runtime) if task is Task.TRAIN else None,
-            chain=list(chain or []),
-            stages=list(stages or []),
-            averaging_alpha=averaging_alpha,
-        )
-
     def _run_task(
         self,
         config: StageConfig,
@@ -357,13 +335,7 @@ class _Run:
             on_progress(progress)
             self._listeners.on_progress(progress)
 
-        code = run_trainer(
-            config,
-            layout,
-            on_progress=tell,
-            interruption=self._interruption,
-            lock_descriptor=self._lock_descriptor,
-        )
+        code = self._standby.start(config, layout).follow(tell, self._interruption)
         report = read_report(layout)
         if code == TrainerExitCode.SUCCEEDED and report is not None:
             return report

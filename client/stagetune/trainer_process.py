@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from types import FrameType
 
 from pydantic import ValidationError
@@ -16,6 +16,9 @@ from stagetune_api.files import write_file_atomically
 from stagetune_api.names import StageLayout
 from stagetune_api.progress import Progress
 from stagetune_api.stage import StageConfig, Task
+
+_LEAVE_SECONDS = 10
+"""Left to a process that has nothing to save."""
 
 
 class Interruption:
@@ -64,51 +67,67 @@ class Interruption:
         self._requested = True
 
 
-def run_trainer(
-    config: StageConfig,
-    layout: StageLayout,
-    *,
-    on_progress: Callable[[Progress], None],
-    interruption: Interruption,
-    lock_descriptor: int,
-) -> int:
-    """Run one task in a process of its own and return its exit code, negative for a signal.
+class TrainerProcess:
+    """A trainer's process. It saves and leaves when this one disappears: it holds the other end of
+    its standard input. It holds the run's lock until it has left. What it logs is appended to its
+    log file."""
 
-    The process saves and leaves when this one disappears: it holds the other end of its standard
-    input. It holds the run's lock until it has left. What it logs is appended to its log file.
-    """
-    layout.root.mkdir(parents=True, exist_ok=True)
-    write_file_atomically(layout.config, config.model_dump_json(indent=2))
-    command = [
-        sys.executable,
-        "-m",
-        "stagetune_trainer",
-        "--stop-with-parent",
-        str(layout.config),
-    ]
-    with layout.log.open("a", encoding="utf-8") as log:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=log,
-            text=True,
-            encoding="utf-8",
-            errors="replace",
-            env=_environment(config.task),
-            # Ctrl-C in a terminal reaches the whole group; this process decides what it means.
-            start_new_session=True,
-            pass_fds=(lock_descriptor,),
-        )
-        with process, interruption.passed_on_to(process):
-            if process.stdout is None:
-                raise RuntimeError("the trainer was started without a pipe")
+    def __init__(
+        self, task: Task, layout: StageLayout, arguments: Sequence[str], lock_descriptor: int
+    ) -> None:
+        with layout.log.open("a", encoding="utf-8") as log:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "stagetune_trainer", "--stop-with-parent", *arguments],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=log,
+                text=True,
+                encoding="utf-8",
+                errors="replace",
+                env=_environment(task),
+                # Ctrl-C in a terminal reaches the whole group; this process decides what it means.
+                start_new_session=True,
+                pass_fds=(lock_descriptor,),
+            )
+        self._log = layout.log
+
+    def is_alive(self) -> bool:
+        """Whether it has not ended."""
+        return self._process.poll() is None
+
+    def follow(self, on_progress: Callable[[Progress], None], interruption: Interruption) -> int:
+        """Pass on what it tells until it ends; return its exit code, negative for a signal."""
+        process = self._process
+        if process.stdout is None:
+            raise RuntimeError("the trainer was started without a pipe")
+        with (
+            self._log.open("a", encoding="utf-8") as log,
+            process,
+            interruption.passed_on_to(process),
+        ):
             for line in process.stdout:
                 try:
                     on_progress(Progress.model_validate_json(line))
                 except ValidationError:
                     log.write(line)
             return process.wait()
+
+    def end(self) -> None:
+        """Have it leave without a task, and wait until it has."""
+        with contextlib.suppress(OSError):
+            self._process.terminate()
+        try:
+            self._process.communicate(timeout=_LEAVE_SECONDS)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+            self._process.communicate()
+
+
+def start_trainer(config: StageConfig, layout: StageLayout, lock_descriptor: int) -> TrainerProcess:
+    """Start one task in a process of its own."""
+    layout.root.mkdir(parents=True, exist_ok=True)
+    write_file_atomically(layout.config, config.model_dump_json(indent=2))
+    return TrainerProcess(config.task, layout, [str(layout.config)], lock_descriptor)
 
 
 def log_tail(layout: StageLayout, max_characters: int = 4000) -> str:

@@ -33,6 +33,9 @@ ANNOTATION_STAGE_CONFIG = f"{GROUP}/stage-config"
 """Annotation of a pod: its StageConfig as JSON, which the pod reads as a file."""
 ANNOTATION_CONFIG_DIGEST = f"{GROUP}/config-digest"
 """Annotation of a Job: digest of the StageConfig, by which the operator knows its own again."""
+ANNOTATION_FORECAST_DIGEST = f"{GROUP}/forecast-digest"
+"""Annotation of a Job that was made before its task was due: digest of the StageConfig as far as
+it was known then. Its pod stands by until it is given the whole."""
 ANNOTATION_INPUTS = f"{GROUP}/inputs"
 """Annotation of a Job: the Jobs whose results it goes on from, as JSON by task."""
 ANNOTATION_MICRO_BATCH_SIZE = f"{GROUP}/micro-batch-size"
@@ -81,6 +84,7 @@ STATUS_FILE = "status.json"
 PLAN_FILE = "plan.json"
 RUN_MANIFEST_FILE = "run.json"
 STAGE_CONFIG_FILE = "stage.json"
+STAGE_FORECAST_FILE = "forecast.json"
 METRICS_FILE = "metrics.jsonl"
 LOG_FILE = "log.txt"
 LOCK_FILE = "lock"
@@ -163,6 +167,7 @@ class StageLayout:
         self.fence = root / "fence"
         self.log = root / LOG_FILE
         self.config = root / STAGE_CONFIG_FILE
+        self.forecast = root / STAGE_FORECAST_FILE
 
 
 def newest_attempt(fence: Path) -> int:

@@ -73,6 +73,14 @@ class Offload(StrEnum):
     OPTIMIZER_AND_PARAMETERS = "OptimizerAndParameters"
 
 
+class Standby(StrEnum):
+    """When the next task's process is started before it is due."""
+
+    AUTO = "Auto"
+    ALWAYS = "Always"
+    NEVER = "Never"
+
+
 class RetainPolicy(StrEnum):
     """What stays on the volume when the run object is deleted."""
 
@@ -225,7 +233,7 @@ class DeepSpeedSpec(ApiModel):
 class RuntimeSpec(ApiModel):
     """How pods are run on a cluster, and in how many processes a stage trains.
 
-    On one machine only `engine`, `processesPerNode` and `deepspeed` count.
+    On one machine only `engine`, `processesPerNode`, `deepspeed` and `standby` count.
     """
 
     resources: ResourcesSpec | None = None
@@ -258,6 +266,12 @@ class RuntimeSpec(ApiModel):
     are on several nodes the volume has to be one that all of them can mount."""
     deepspeed: DeepSpeedSpec | None = None
     """deepspeed holds the options of that engine."""
+    standby: Standby = Standby.AUTO
+    """standby says whether the next stage's pod is started in the last minute of the one before, on
+    the same node, and waits with its code imported and the base model checked. Auto does so where
+    pods take no GPU; Always also where they do, so that two are held for that minute; Never waits
+    for the end of a stage. No pod stands by where a queue admits Jobs, with priorityClassName, or
+    where a stage has several processes."""
 
 
 class AccessMode(StrEnum):

@@ -281,6 +281,10 @@ class StageConfig(ApiModel):
     averaging_alpha: Annotated[float, Field(ge=0, le=1)] | None = None
     """averagingAlpha that Evaluate has chosen; for Export, where the manifest gives none."""
 
+    def forecast(self) -> "StageConfig":
+        """Return the file as far as it is known before the last stage of `chain` is done."""
+        return self.model_copy(update={"chain": self.chain[:-1]})
+
     @model_validator(mode="after")
     def _has_what_its_task_needs(self) -> Self:
         missing = []

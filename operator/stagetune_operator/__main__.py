@@ -104,6 +104,7 @@ async def serve(settings: Settings) -> None:
             progress=progress,
             rate_limit=RateLimit(),
             on_post=metrics.count_post,
+            stage_file_for=reconciler.stage_file_for,
         )
 
         # Ended by kopf's cleanup, before it takes everything that still runs for stuck.

@@ -9,6 +9,7 @@ from stagetune_api.spec import RuntimeSpec
 from stagetune_api.spec_checks import num_gpus
 from stagetune_api.stage import Task, training_of_stage
 from stagetune_api.status import ConditionReason, RunState, StageState, StageStatus
+from stagetune_operator import standby
 from stagetune_operator.conditions import Standing
 from stagetune_operator.failures import (
     GiveUp,
@@ -51,8 +52,13 @@ def advance(run: RunPass, step: Step) -> Standing | None:
         if record.state is StageState.SUCCEEDED:
             return None
         return _gone_too_often(run, step) or _start(run, step)
+    if standby.stands_by(run, step, job):
+        is_taken = standby.accept(run, step, job, _inputs(run, step))
+        return at_work(step) if is_taken else _start(run, step)
     disruptions = sum(
-        pod.was_disrupted for pod in run.objects.pods if pod.task == step.key and pod.index == 0
+        pod.was_disrupted and not standby.was_let_go(run, step, pod)
+        for pod in run.objects.pods
+        if pod.task == step.key and pod.index == 0
     )
     if disruptions > record.disruptions:
         run.set(step, disruptions=disruptions)
@@ -160,6 +166,9 @@ def _follow(run: RunPass, step: Step, job: JobView) -> Standing:
     if job.is_deleting:
         # By somebody else's hand; what comes next is decided when it is gone.
         return at_work(step, f"{job.name} is being deleted")
+    if standby.is_bound_in_vain(run, job):
+        standby.let_go(run, step, job)
+        return _start(run, step)
     pods = run.objects.pods_of(job)
     # Of several pods none trains before all have started.
     missing = [pod for pod in run.objects.all_pods_of(job) if pod.index and _is_missing(pod)]
@@ -173,8 +182,11 @@ def _follow(run: RunPass, step: Step, job: JobView) -> Standing:
         run.set(step, state=StageState.QUEUED)
         return _wait(run, step, job, pod)
     run.set(step, state=StageState.RUNNING)
+    standby.offer(run, step, job, pod)
     if step.task is Task.TRAIN:
         _show_progress(run, step, job, pod)
+        follower = run.steps[run.steps.index(step) + 1]
+        standby.foresee(run, step, pod, follower, _inputs(run, follower))
     return at_work(step, _describe_end(step, pod))
 
 
@@ -223,7 +235,8 @@ def suspend_all(run: RunPass) -> None:
     """End what is at work where the run is suspended, though it cannot go on for another reason."""
     for step in run.steps if run.spec.suspend else ():
         job = run.objects.newest_job(step.key, after_attempt=run.record_of(step).attempts_before)
-        if job is not None and job.phase is JobPhase.ACTIVE:
+        is_at_work = job is not None and not standby.stands_by(run, step, job)
+        if job is not None and is_at_work and job.phase is JobPhase.ACTIVE:
             _suspend(run, step, job)
 
 

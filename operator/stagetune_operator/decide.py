@@ -5,8 +5,8 @@ decision, so a pass may be repeated, and a restart needs no memory but the statu
 walked in order; the first that is not done decides.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 from stagetune_api.facts import Facts
 from stagetune_api.names import EXPORT_TASK
@@ -41,6 +41,7 @@ from stagetune_operator.records import (
 from stagetune_operator.replan import plan_run, refusal
 from stagetune_operator.run_pass import Circumstances, Create, DeleteJob, Intent, RunPass
 from stagetune_operator.stage_files import PREPARE
+from stagetune_operator.standby import let_go_of_idle
 from stagetune_operator.views import JobPhase, RunObjects
 
 
@@ -55,6 +56,8 @@ class Decision:
     """The plan that `status` follows."""
     look_again_seconds: float | None = None
     """When to decide again though nothing is heard; None: only then."""
+    offers: Mapping[str, str] = field(default_factory=dict)
+    """Stage files for pods that stand by and whose task is due, by the pod's uid."""
 
 
 def decide(objects: RunObjects, circumstances: Circumstances) -> Decision:
@@ -94,6 +97,7 @@ def _decide_by(
     _obey_retry(run)
     is_over = run.status.completion_time is not None
     standing = _final_standing(run.status, run.refusal) if is_over else _walk(run)
+    let_go_of_idle(run)
     decided = with_standing(
         run.status, standing, generation=metadata.get("generation", 0), now=circumstances.now
     )
@@ -102,6 +106,7 @@ def _decide_by(
         intents=tuple(run.intents),
         record=run.record,
         look_again_seconds=run.look_again_seconds,
+        offers=run.offers,
     )
 
 

@@ -119,8 +119,10 @@ def build_job(
     if queue is not None:
         # Of the Job alone: with it a queue for plain pods would hold the pod back as well.
         metadata["labels"][names.LABEL_QUEUE] = queue
+    is_due = order.standby_node is None
+    kind = names.ANNOTATION_CONFIG_DIGEST if is_due else names.ANNOTATION_FORECAST_DIGEST
     annotations = {
-        names.ANNOTATION_CONFIG_DIGEST: config_digest(order.config),
+        kind: config_digest(order.config),
         names.ANNOTATION_INPUTS: json.dumps(dict(order.inputs), sort_keys=True),
     }
     if order.config.task in (Task.TRAIN, Task.EVALUATE):

@@ -33,6 +33,8 @@ class JobOrder:
     preferred_node: str | None = None
     coordinator: str | None = None
     """Name of the first of several pods; None where there is one."""
+    standby_node: str | None = None
+    """The node on which the pod stands by, since its task is not due yet; None where it is."""
 
 
 def build_pod_spec(
@@ -62,7 +64,9 @@ def build_pod_spec(
     }
     if settings.image_pull_secrets:
         pod["imagePullSecrets"] = [{"name": name} for name in settings.image_pull_secrets]
-    if order.preferred_node is not None:
+    if order.standby_node is not None:
+        pod["affinity"] = _require_node(order.standby_node)
+    elif order.preferred_node is not None:
         pod["affinity"] = _prefer_node(order.preferred_node)
     if runtime.priority_class_name is not None:
         pod["priorityClassName"] = runtime.priority_class_name
@@ -90,6 +94,7 @@ def _container(
             f"{names.TASK_MOUNT}/{names.STAGE_CONFIG_FILE}",
             "--termination-message=/dev/termination-log",
             f"--metrics-port={names.TRAINER_METRICS_PORT}",
+            *_standby_arguments(owner, settings, order),
         ],
         "env": _environment(owner, settings, order),
         "ports": [{"name": "metrics", "containerPort": names.TRAINER_METRICS_PORT}],
@@ -103,6 +108,20 @@ def _container(
         "terminationMessagePolicy": "FallbackToLogsOnError",
         "volumeMounts": mounts,
     }
+
+
+def _standby_arguments(owner: Owner, settings: Settings, order: JobOrder) -> list[str]:
+    if order.standby_node is None:
+        return []
+    return [f"--await={_task_url(owner, settings, order)}/stage"]
+
+
+def _task_url(owner: Owner, settings: Settings, order: JobOrder) -> str:
+    """Return the address of the task at the operator."""
+    return (
+        f"{settings.progress_url.rstrip('/')}/apis/{names.API_VERSION}/namespaces/"
+        f"{owner.namespace}/runs/{owner.name}/tasks/{order.task}"
+    )
 
 
 def _environment(owner: Owner, settings: Settings, order: JobOrder) -> list[Object]:
@@ -120,10 +139,7 @@ def _environment(owner: Owner, settings: Settings, order: JobOrder) -> list[Obje
     if order.coordinator is not None:
         values[names.COORDINATOR_VARIABLE] = order.coordinator
     if settings.progress_url:
-        values[names.PROGRESS_URL_VARIABLE] = (
-            f"{settings.progress_url.rstrip('/')}/apis/{names.API_VERSION}/namespaces/"
-            f"{owner.namespace}/runs/{owner.name}/tasks/{order.task}/progress"
-        )
+        values[names.PROGRESS_URL_VARIABLE] = f"{_task_url(owner, settings, order)}/progress"
         values[names.PROGRESS_TOKEN_VARIABLE] = f"{names.PROGRESS_TOKEN_MOUNT}/token"
     return [{"name": name, "value": value} for name, value in values.items()]
 
@@ -240,10 +256,15 @@ def _add_secrets(spec: StagedFineTuneSpec, volumes: list[Object], mounts: list[O
 
 def _prefer_node(node: str) -> Object:
     """Return the wish for a node: that of the stage before has the volume and warm caches."""
-    term = {
-        "weight": 100,
-        "preference": {
-            "matchFields": [{"key": "metadata.name", "operator": "In", "values": [node]}]
-        },
-    }
+    term = {"weight": 100, "preference": _is_node(node)}
     return {"nodeAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": [term]}}
+
+
+def _require_node(node: str) -> Object:
+    """Return the demand for a node: no other is started for a pod that only stands by."""
+    terms = {"nodeSelectorTerms": [_is_node(node)]}
+    return {"nodeAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": terms}}
+
+
+def _is_node(node: str) -> Object:
+    return {"matchFields": [{"key": "metadata.name", "operator": "In", "values": [node]}]}

@@ -1,4 +1,4 @@
-"""The HTTP endpoint that pods post their progress to.
+"""The HTTP endpoint that pods post progress to, and that pods on standby ask for their stage file.
 
 A pod speaks for its own task of its own run and for nothing else: the token has to be one that the
 API server bound to that very pod, and the pod has to be one that belongs to the run. Nothing of a
@@ -8,7 +8,7 @@ request is logged, and an answer never repeats what was sent.
 import asyncio
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from http import HTTPStatus
 
 from aiohttp import hdrs, web
@@ -69,25 +69,42 @@ class ProgressEndpoint:
         progress: ProgressStore,
         rate_limit: RateLimit,
         on_post: Callable[[str], None] = lambda result: None,
+        stage_file_for: Callable[[RunKey, str], str | None] = lambda key, pod_uid: None,
     ) -> None:
-        """`on_post(result)` is told the HTTP status of every answer."""
+        """`on_post(result)` is told the HTTP status of every answer to a post.
+
+        `stage_file_for` gives the stage file of a pod by its uid, once its task is due.
+        """
         self._reviews = reviews
         self._objects = objects
         self._progress = progress
         self._rate_limit = rate_limit
         self._on_post = on_post
+        self._stage_file_for = stage_file_for
 
     def application(self) -> web.Application:
         """Return the endpoint as an application, to be served by a runner or a test."""
         app = web.Application(client_max_size=names.PROGRESS_MAX_BYTES)
         path = f"/apis/{names.API_VERSION}/namespaces/{{namespace}}/runs/{{run}}/tasks/{{task}}"
-        app.router.add_post(f"{path}/progress", self._handle)
+        app.router.add_post(f"{path}/progress", self._take_post)
+        app.router.add_get(f"{path}/stage", self._give_stage_file)
         return app
 
-    async def _handle(self, request: web.Request) -> web.Response:
+    async def _take_post(self, request: web.Request) -> web.Response:
+        response = await self._answer(request, self._accept)
+        self._on_post(str(response.status))
+        return response
+
+    async def _give_stage_file(self, request: web.Request) -> web.Response:
+        return await self._answer(request, self._offer)
+
+    async def _answer(
+        self,
+        request: web.Request,
+        handle: Callable[[web.Request], Awaitable[web.Response]],
+    ) -> web.Response:
         try:
-            await self._accept(request)
-            response = web.json_response({"status": "Success"})
+            response = await handle(request)
         except _RefusedError as refused:
             response = _failure(refused.status, str(refused), refused.retry_after)
         except web.HTTPRequestEntityTooLarge:
@@ -100,14 +117,19 @@ class ProgressEndpoint:
             response = _failure(
                 HTTPStatus.SERVICE_UNAVAILABLE, "tokens cannot be checked now", seconds or 5
             )
-        self._on_post(str(response.status))
         return response
 
-    async def _accept(self, request: web.Request) -> None:
-        namespace, name, task = (request.match_info[part] for part in ("namespace", "run", "task"))
-        if not all(_LABEL.fullmatch(part) for part in (namespace, name, task)):
-            raise _RefusedError(HTTPStatus.NOT_FOUND, "there is no such run")
-        key = RunKey(namespace, name)
+    async def _offer(self, request: web.Request) -> web.Response:
+        """Return the stage file of the pod that asks; nothing while its task is not due."""
+        key, task = _addressed(request)
+        pod = await self._speaker(request, key, task)
+        text = self._stage_file_for(key, pod["metadata"]["uid"])
+        if text is None:
+            return web.Response(status=HTTPStatus.NO_CONTENT)
+        return web.Response(text=text, content_type="application/json")
+
+    async def _accept(self, request: web.Request) -> web.Response:
+        key, task = _addressed(request)
         if (request.content_length or 0) > names.PROGRESS_MAX_BYTES:
             # Before the token costs a review.
             raise web.HTTPRequestEntityTooLarge(names.PROGRESS_MAX_BYTES)
@@ -128,6 +150,7 @@ class ProgressEndpoint:
             self._progress.put(key, task, uid, body)
         except InvalidProgressError as error:
             raise _RefusedError(HTTPStatus.BAD_REQUEST, str(error)) from error
+        return web.json_response({"status": "Success"})
 
     async def _speaker(self, request: web.Request, key: RunKey, task: str) -> Object:
         """Return the pod that posts, if it is one that may speak for this task."""
@@ -148,6 +171,14 @@ class ProgressEndpoint:
                 HTTPStatus.FORBIDDEN, "the token is not of a live pod of this task of this run"
             )
         return pod
+
+
+def _addressed(request: web.Request) -> tuple[RunKey, str]:
+    """Return the run and the task that a request's path names."""
+    namespace, name, task = (request.match_info[part] for part in ("namespace", "run", "task"))
+    if not all(_LABEL.fullmatch(part) for part in (namespace, name, task)):
+        raise _RefusedError(HTTPStatus.NOT_FOUND, "there is no such run")
+    return RunKey(namespace, name), task
 
 
 def _is_live_pod_of(pod: Object, key: RunKey, task: str) -> bool:

@@ -94,6 +94,10 @@ class _Memory:
     first_asked: dict[str, float] = field(default_factory=dict)
     written: float = float("-inf")
     """When the status was last written."""
+    declined: set[str] = field(default_factory=set)
+    """Optional objects that could not be made, by name."""
+    offers: Mapping[str, str] = field(default_factory=dict)
+    """Stage files for pods that stand by and whose task is due, by the pod's uid."""
     held: tuple[int, float] = (-1, 0.0)
     """The generation that something was refused for, and until when it is not tried again."""
 
@@ -137,6 +141,7 @@ class Reconciler:
             self._memories.pop(key, None)
             return None
         decision = await self._decide(key, seen.run, seen.jobs, seen.pods)
+        self._memory(key, seen.run).offers = decision.offers
         withheld = self._is_withheld(key, seen.run, decision)
         if withheld is not None:
             return _sooner(withheld, decision.look_again_seconds)
@@ -148,6 +153,11 @@ class Reconciler:
         except GoneError:
             return None
 
+    def stage_file_for(self, key: RunKey, pod_uid: str) -> str | None:
+        """Return the stage file of a pod that stands by; None while its task is not due."""
+        memory = self._memories.get(key)
+        return memory.offers.get(pod_uid) if memory is not None else None
+
     async def _act(self, key: RunKey) -> float | None:
         """Decide by what is really there, and do it."""
         run = await self._cluster.read_run(key)
@@ -156,7 +166,7 @@ class Reconciler:
         jobs, pods = await self._cluster.list_jobs(key), await self._cluster.list_pods(key)
         decision = await self._decide(key, run, jobs, pods)
         memory = self._memory(key, run)
-        refused = await self._perform(run, decision.intents)
+        refused = await self._perform(run, decision.intents, memory.declined)
         look_again = decision.look_again_seconds
         status = decision.status
         if refused is not None:
@@ -192,6 +202,7 @@ class Reconciler:
             age=age,
             record=await self._plan_of(key, run),
             progress=self._progress_of(key),
+            declined=self._memory(key, run).declined,
         )
         return decide(view_run(run, jobs, pods), circumstances)
 
@@ -246,15 +257,22 @@ class Reconciler:
         left = self._settings.progress_status_seconds - (self._monotonic() - memory.written)
         return left if left > 0 else None
 
-    async def _perform(self, run: Object, intents: Sequence[Intent]) -> _Refused | None:
-        """Do what is intended, in order; return what follows if one action is refused."""
+    async def _perform(
+        self, run: Object, intents: Sequence[Intent], declined: set[str]
+    ) -> _Refused | None:
+        """Do what is intended, in order; return what follows if one action is refused.
+
+        What the run goes on without is put into `declined` instead.
+        """
         for intent in intents:
             match intent.action:
                 case DeleteJob(name=name, uid=uid):
                     await self._cluster.delete_job(run["metadata"]["namespace"], name, uid)
-                case Create(manifest=manifest):
+                case Create(manifest=manifest, is_optional=is_optional):
                     standing = await self._create(run, manifest)
-                    if standing is not None:
+                    if standing is not None and is_optional:
+                        declined.add(manifest["metadata"]["name"])
+                    elif standing is not None:
                         is_final = standing.reason is ConditionReason.CANNOT_CREATE
                         lasts = is_final or standing.is_stalled
                         seconds = _DENIED_SECONDS if lasts else _LEFTOVER_SECONDS

@@ -3,7 +3,7 @@
 `decide` walks the tasks and `attempts` brings one of them on; both change nothing but this.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from stagetune_api.report import Failure
@@ -31,6 +31,8 @@ class Create:
     """Make an object."""
 
     manifest: Object
+    is_optional: bool = False
+    """Whether the run goes on as well without it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +67,8 @@ class Circumstances:
     """The plan that the status names."""
     progress: Mapping[str, ProgressView]
     """What was last posted, by task."""
+    declined: Collection[str] = ()
+    """Names of optional objects that could not be made."""
 
 
 @dataclass(kw_only=True)
@@ -82,6 +86,8 @@ class RunPass:
     look_again_seconds: float | None = None
     refusal: str = ""
     """What is wrong with the manifest though the run goes on as it is."""
+    offers: dict[str, str] = field(default_factory=dict)
+    """Stage files for pods that stand by and whose task is due, by the pod's uid."""
 
     @property
     def stages(self) -> Sequence[PlannedStage]:

@@ -52,6 +52,8 @@ class JobView:
     micro_batch_size: int | None
     message: str
     """Why the Job failed, in Kubernetes' words."""
+    forecast_digest: str = ""
+    """Of a Job that was made before its task was due: digest of the file as known by then."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -171,6 +173,7 @@ def view_job(job: Object) -> JobView:
         config_digest=annotations.get(names.ANNOTATION_CONFIG_DIGEST, ""),
         micro_batch_size=int(micro_batch_size) if micro_batch_size.isdecimal() else None,
         message=ended.get("Failed", {}).get("message", ""),
+        forecast_digest=annotations.get(names.ANNOTATION_FORECAST_DIGEST, ""),
     )
 
 

@@ -20,7 +20,7 @@ from stagetune_api import names
 from stagetune_api.artifact import verify_artifact
 from stagetune_api.names import ExitCode, RunLayout
 from stagetune_api.report import FailureClass
-from stagetune_api.stage import PlannedStage
+from stagetune_api.stage import PlannedStage, StageConfig
 from stagetune_api.status import ConditionStatus, ConditionType, RunState, StagedFineTuneStatus
 from stagetune_operator.plan import Plan
 
@@ -381,3 +381,24 @@ def test_adapter_export_is_loaded_by_peft_and_answers_as_the_merged_one(
     torch.testing.assert_close(tuned, expected, rtol=1e-4, atol=1e-5)
     config = json.loads((adapter_run / "export" / "adapter_config.json").read_text())
     assert config["r"] == 4
+
+
+def test_next_process_stands_by_before_its_task_is_due(finished: Callable[..., Path]) -> None:
+    run_directory = finished()
+    layout = RunLayout(run_directory)
+    first, second = (layout.stage(stage.directory) for stage in _stages_of(layout))
+    assert not first.forecast.exists()
+    for follower, done_before in ((second, 1), (layout.task("evaluate"), 2)):
+        forecast = StageConfig.model_validate_json(follower.forecast.read_bytes())
+        given = StageConfig.model_validate_json(follower.config.read_bytes())
+        assert (len(forecast.chain), len(given.chain)) == (done_before - 1, done_before)
+        assert given.forecast() == forecast
+
+
+def test_no_process_stands_by_where_the_manifest_says_so(
+    finished: Callable[..., Path], write_manifest: WriteManifest, tmp_path: Path
+) -> None:
+    output = done(write_manifest(runtime={"standby": "Never"}), tmp_path / "run")
+    assert "without effect" not in output
+    assert not list((tmp_path / "run").rglob("forecast.json"))
+    assert_same_weights(finished(), tmp_path / "run")

@@ -157,6 +157,12 @@ def report_for(config: StageConfig, *, digest: str | None = None) -> StageReport
     )
 
 
+def stands_by(pod: Object) -> bool:
+    """Whether the pod was started before its task was due."""
+    (container,) = pod["spec"]["containers"]
+    return any(argument.startswith("--await=") for argument in container["args"])
+
+
 @dataclass
 class FakeCluster:
     """The API server, the Job controller and a kubelet, one step at a time.
@@ -178,6 +184,8 @@ class FakeCluster:
     """Objects that the watches still believe in."""
     are_jobs_late: bool = False
     """Whether Jobs have yet to take note of how their pods ended."""
+    stage_file_for: Callable[[str], str | None] = lambda pod_uid: None
+    """What a pod that stands by is given, by its uid."""
     keep_deleted: bool = False
     """Whether a deleted Job stays until its pods are gone, as with a long time to leave."""
     _numbers: Any = field(default_factory=lambda: itertools.count(1))
@@ -212,16 +220,28 @@ class FakeCluster:
         A mapping has a script for each task's label; tasks that are not in it succeed.
         """
         moved = self._settle_jobs() or self._start_pods()
+        self.give_files()
         for pod in [item for (kind, _), item in self.objects.items() if kind == "Pod"]:
             if pod["status"]["phase"] != "Running":
                 continue
             task = pod["metadata"]["labels"][names.LABEL_TASK]
             chosen = script.get(task, succeeds) if isinstance(script, Mapping) else script
+            if stands_by(pod):
+                continue
             text = pod["metadata"]["annotations"][names.ANNOTATION_STAGE_CONFIG]
             self._end_pod(pod, chosen(StageConfig.model_validate_json(text), pod))
             moved = True
         self._settle_jobs()
         return moved
+
+    def give_files(self) -> None:
+        """Give every pod that stands by the file that it is offered, which it begins with."""
+        for (kind, _), pod in self.objects.items():
+            if kind == "Pod" and stands_by(pod):
+                text = self.stage_file_for(pod["metadata"]["uid"])
+                if text is not None:
+                    pod["metadata"]["annotations"][names.ANNOTATION_STAGE_CONFIG] = text
+                    pod["spec"]["containers"][0]["args"] = []
 
     def start_pods(self) -> None:
         """Let every Job's pod start, and none end."""
@@ -261,7 +281,7 @@ class FakeCluster:
                     "ownerReferences": [{"uid": job["metadata"]["uid"], "controller": True}],
                     **copy.deepcopy(template["metadata"]),
                 },
-                "spec": {"nodeName": "node-1"},
+                "spec": {"nodeName": "node-1", "containers": template["spec"]["containers"]},
             }
         )
         state = {"running": {"startedAt": self._time()}}

@@ -40,6 +40,7 @@ class Desk:
         self.store = Store()
         self.told: list[RunKey] = []
         self.results: list[str] = []
+        self.stage_files: dict[tuple[RunKey, str], str] = {}
         self.reviewed: list[str] = []
         self.identities: dict[str, TokenIdentity] = {}
         self.error: Exception | None = None
@@ -57,6 +58,7 @@ class Desk:
             progress=self.progress,
             rate_limit=RateLimit(clock=lambda: self.now),
             on_post=self.results.append,
+            stage_file_for=lambda key, uid: self.stage_files.get((key, uid)),
         )
 
     async def review(self, token: str, audience: str) -> TokenIdentity | None:
@@ -124,6 +126,13 @@ class Desk:
         response: ClientResponse = await self.client.post(path, headers=headers, **options)
         return response
 
+    async def ask(self, token: str | None, *, run: str = "finance", task: str = TASK) -> Any:
+        """Ask for the stage file and return the status and the text of the answer."""
+        path = f"/apis/{names.API_VERSION}/namespaces/team/runs/{run}/tasks/{task}/stage"
+        headers = {} if token is None else {"Authorization": f"Bearer {token}"}
+        response = await self.client.get(path, headers=headers)
+        return response.status, await response.text()
+
 
 def status(*, percentage: Any = 10, eta: Any = 90, **metrics: Any) -> dict[str, Any]:
     return {
@@ -148,6 +157,26 @@ def at_the_desk(visit: Callable[[Desk], Awaitable[None]]) -> None:
             await visit(desk)
 
     asyncio.run(main())
+
+
+def test_a_pod_is_given_its_own_stage_file_and_no_other() -> None:
+    async def visit(desk: Desk) -> None:
+        desk.add_pod("pod-2", task="02-layers-8-15")
+        desk.stage_files[KEY, "uid-of-pod-2"] = '{"task": "Train"}'
+        first, second = desk.issue("pod-1"), desk.issue("pod-2")
+        assert await desk.ask(second, task="02-layers-8-15") == (200, '{"task": "Train"}')
+        assert await desk.ask(first) == (204, "")
+        for token, task in ((first, "02-layers-8-15"), (second, TASK)):
+            answer, text = await desk.ask(token, task=task)
+            assert answer == 403
+            assert "Train" not in text
+        assert (await desk.ask(None))[0] == 401
+        assert (await desk.ask(second, run="other"))[0] == 403
+        assert (await desk.ask(second, task="A"))[0] == 404
+        # Posts alone are counted.
+        assert desk.results == []
+
+    at_the_desk(visit)
 
 
 def test_a_post_is_kept_and_the_run_is_looked_at() -> None:

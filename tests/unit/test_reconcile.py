@@ -1,9 +1,8 @@
 """Whole runs through the reconciler, against a cluster in memory: every transition, every fault."""
 
-import asyncio
 import contextlib
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -12,11 +11,19 @@ from fake_cluster import (
     FACTS,
     CrashError,
     Ending,
-    FakeCluster,
     Script,
     fails,
     report_for,
     succeeds,
+)
+from fake_operator import (
+    CLUSTER,
+    STAGES,
+    TASKS,
+    Operator,
+    Posted,
+    begun,
+    first_stage_runs,
 )
 from manifest_cases import edited
 from stagetune_api import names
@@ -26,122 +33,8 @@ from stagetune_api.report import AveragingResult, FailureClass, Timings
 from stagetune_api.stage import StageConfig, Task
 from stagetune_api.status import StagedFineTuneStatus
 from stagetune_api.training_spec import LayerRange
-from stagetune_operator.keys import RunKey
-from stagetune_operator.reconcile import Reconciler
 from stagetune_operator.records import read_status
-from stagetune_operator.settings import Settings
 from stagetune_operator.views import Object
-
-KEY = RunKey("team-a", "finance-qa")
-CLUSTER = {
-    "spec.dataset.source": "pvc://rows/finance.jsonl",
-    "spec.schedule": {"layersPerStage": 2},
-    "spec.runtime": {"resources": {"limits": {"nvidia.com/gpu": 1, "memory": "8Gi"}}},
-    "spec.storage": {"size": "10Gi"},
-}
-STAGES = ("01-layers-0-1", "02-layers-2-3")
-TASKS = ("prepare", *STAGES, "evaluate", "export")
-
-
-class Counts:
-    """An observer that counts."""
-
-    def __init__(self) -> None:
-        self.stages: list[float] = []
-        self.handoffs: list[float] = []
-        self.failures: list[FailureClass] = []
-
-    def observe_stage(self, seconds: float) -> None:
-        self.stages.append(seconds)
-
-    def observe_handoff(self, seconds: float) -> None:
-        self.handoffs.append(seconds)
-
-    def count_failure(self, failure_class: FailureClass) -> None:
-        self.failures.append(failure_class)
-
-
-class Operator:
-    """An operator over a fake cluster, with a clock of its own."""
-
-    def __init__(self, cluster: FakeCluster, **settings: Any) -> None:
-        self.cluster = cluster
-        self.clock = 0.0
-        self.observer = Counts()
-        self.progress: Mapping[str, Any] = {}
-        self._settings = Settings(trainer_image="trainer:test", **settings)
-        self.restart()
-
-    def restart(self) -> None:
-        """Forget everything that is not on the cluster."""
-        self._reconciler = Reconciler(
-            cluster=self.cluster,
-            store=self.cluster,
-            settings=self._settings,
-            observer=self.observer,
-            progress_of=lambda key: self.progress,
-            now=lambda: "2026-01-01T00:00:00Z",
-            monotonic=lambda: self.clock,
-        )
-
-    def reconcile(self) -> float | None:
-        """Do one pass."""
-        return asyncio.run(self._reconciler.reconcile(KEY))
-
-    def settle(self) -> None:
-        """Do passes until one has nothing to do."""
-        for _ in range(20):
-            before = len(self.cluster.writes)
-            self.reconcile()
-            if len(self.cluster.writes) == before:
-                return
-        raise AssertionError("the operator never comes to rest")
-
-    def finish(
-        self, script: Script | Mapping[str, Script] = succeeds, *, restarts: bool = False
-    ) -> StagedFineTuneStatus:
-        """Go on until nothing moves any more, and return the status."""
-        for _ in range(60):
-            try:
-                self.settle()
-            except CrashError:
-                self._start_again()
-                continue
-            if restarts:
-                self.restart()
-            self.clock += 1000
-            writes = len(self.cluster.writes)
-            moved = self.cluster.advance(script)
-            try:
-                rest = self.reconcile()
-            except CrashError:
-                self._start_again()
-                continue
-            if rest is None and not moved and len(self.cluster.writes) == writes:
-                return self.status
-        raise AssertionError("the run never comes to an end")
-
-    def _start_again(self) -> None:
-        self.cluster.crash_at = None
-        self.restart()
-
-    @property
-    def status(self) -> StagedFineTuneStatus:
-        """The run's status as it is stored."""
-        return read_status(self.cluster.run())
-
-    @property
-    def jobs(self) -> list[str]:
-        """Names of all Jobs, in the order in which they were made."""
-        return [job["metadata"]["name"] for job in self.cluster.of_kind("Job")]
-
-
-def begun(edits: Mapping[str, Any] | None = None, **settings: Any) -> Operator:
-    """Return an operator over a cluster with one run."""
-    cluster = FakeCluster()
-    manifest = edited({**CLUSTER, **(edits or {})})
-    cluster.add_run(manifest)
-    return Operator(cluster, **settings)
 
 
 def conditions(status: StagedFineTuneStatus) -> dict[str, str]:
@@ -774,20 +667,8 @@ def test_queue_admits_jobs_by_ending_their_suspension() -> None:
     assert operator.status.state == "Preparing"
 
 
-class Posted:
-    """What a trainer posted."""
-
-    def __init__(self, pod_uid: str, step: int) -> None:
-        self.pod_uid = pod_uid
-        self.step = step
-        self.loss: float | None = 2.5
-        self.validation_loss = None
-        self.tokens_per_second = 12.0
-        self.eta_seconds = 61.4
-
-
 def test_last_post_of_a_pod_that_is_suspended_is_kept() -> None:
-    operator = _first_stage_runs()
+    operator = first_stage_runs()
     operator.cluster.keep_deleted = True
     operator.cluster.edit_run("finance-qa", lambda spec: spec.update(suspend=True))
     operator.settle()
@@ -872,18 +753,6 @@ def test_status_of_a_newer_version_can_be_read() -> None:
     run["status"]["stages"][0]["invention"] = 1
     run["status"]["conditions"].append({"type": "Invented", "status": "True"})
     assert read_status(run).stages == expected.stages
-
-
-def _first_stage_runs(edits: Mapping[str, Any] | None = None, **settings: Any) -> Operator:
-    """Return an operator over a run whose first stage's pod is at work."""
-    operator = begun(edits, **settings)
-    operator.settle()
-    operator.cluster.advance()
-    operator.settle()
-    operator.cluster.start_pods()
-    operator.settle()
-    assert operator.status.state == "Training"
-    return operator
 
 
 def test_damage_that_comes_again_with_other_digests_is_not_repaired_for_ever() -> None:
@@ -989,7 +858,7 @@ def test_finished_run_of_a_much_newer_version_is_inert() -> None:
 
 
 def test_attempt_that_does_not_survive_its_suspension_does_not_count() -> None:
-    operator = _first_stage_runs({"spec.runtime": {"maxRetries": 0}})
+    operator = first_stage_runs({"spec.runtime": {"maxRetries": 0}})
     operator.cluster.keep_deleted = True
     operator.cluster.edit_run("finance-qa", lambda spec: spec.update(suspend=True))
     operator.settle()
@@ -1010,7 +879,7 @@ def test_attempt_that_does_not_survive_its_suspension_does_not_count() -> None:
 def test_operator_killed_while_it_suspends_a_run_counts_no_failure(
     number: int, after: bool
 ) -> None:
-    operator = _first_stage_runs({"spec.runtime": {"maxRetries": 0}})
+    operator = first_stage_runs({"spec.runtime": {"maxRetries": 0}})
     operator.cluster.edit_run("finance-qa", lambda spec: spec.update(suspend=True))
     operator.cluster.crash_at = len(operator.cluster.writes) + number
     operator.cluster.crash_after = after
@@ -1028,7 +897,7 @@ def test_operator_killed_while_it_suspends_a_run_counts_no_failure(
 
 
 def test_number_of_any_size_fits_its_column() -> None:
-    operator = _first_stage_runs()
+    operator = first_stage_runs()
     pod = operator.cluster.of_kind("Pod")[-1]
     post = Posted(pod["metadata"]["uid"], 1)
     post.loss = 1e300
@@ -1050,7 +919,7 @@ def test_edit_that_changes_nothing_of_the_plan_is_at_rest() -> None:
 
 
 def test_stage_that_is_missing_in_the_status_is_found_again() -> None:
-    operator = _first_stage_runs()
+    operator = first_stage_runs()
     operator.cluster.objects["StagedFineTune", "finance-qa"]["status"]["stages"].pop(0)
     operator.settle()
     assert [stage.name for stage in operator.status.stages] == ["layers-0-1", "layers-2-3"]
@@ -1085,7 +954,7 @@ def test_job_that_vanishes_each_time_is_not_made_for_ever() -> None:
 
 
 def test_next_stage_does_not_wait_until_the_job_takes_note_of_a_good_end() -> None:
-    operator = _first_stage_runs()
+    operator = first_stage_runs()
     operator.cluster.are_jobs_late = True
     operator.cluster.advance()
     operator.settle()
@@ -1096,7 +965,7 @@ def test_next_stage_does_not_wait_until_the_job_takes_note_of_a_good_end() -> No
 
 
 def test_pod_that_has_failed_is_not_queued_while_its_job_takes_note() -> None:
-    operator = _first_stage_runs()
+    operator = first_stage_runs()
     operator.cluster.are_jobs_late = True
     writes = len(operator.cluster.writes)
     operator.cluster.advance(fails(FailureClass.INTERNAL, TrainerExitCode.INTERNAL))
@@ -1131,7 +1000,7 @@ def test_job_that_a_queue_takes_back_is_shown_as_queued() -> None:
 
 
 def test_job_that_a_person_suspends_is_said_to_be() -> None:
-    operator = _first_stage_runs()
+    operator = first_stage_runs()
     operator.cluster.objects["Job", f"finance-qa-{STAGES[0]}"]["spec"]["suspend"] = True
     operator.settle()
     message = operator.status.conditions[0].message
@@ -1178,7 +1047,7 @@ def test_run_that_is_applied_anew_waits_for_what_is_left_of_the_one_before() -> 
 
 
 def test_plan_that_is_deleted_is_made_again() -> None:
-    operator = _first_stage_runs()
+    operator = first_stage_runs()
     plan = operator.status.plan_digest
     for name in [name for kind, name in operator.cluster.objects if kind == "ConfigMap"]:
         del operator.cluster.objects["ConfigMap", name]
@@ -1193,7 +1062,7 @@ def test_plan_that_is_deleted_is_made_again() -> None:
     ("old", "new"), [("{", "["), ('"digest": "', '"digest": "0')], ids=["no JSON", "another plan"]
 )
 def test_plan_that_cannot_be_used_is_made_again_and_followed(old: str, new: str) -> None:
-    operator = _first_stage_runs()
+    operator = first_stage_runs()
     (name,) = [name for kind, name in operator.cluster.objects if kind == "ConfigMap"]
     data = operator.cluster.objects["ConfigMap", name]["data"]
     data[names.PLAN_FILE] = data[names.PLAN_FILE].replace(old, new, 1)
@@ -1228,7 +1097,7 @@ def test_report_of_a_trainer_that_ended_well_counts_whatever_became_of_its_job()
 
 
 def test_annotations_and_reports_that_make_no_sense_stop_nothing() -> None:
-    operator = _first_stage_runs()
+    operator = first_stage_runs()
     job = operator.cluster.objects["Job", f"finance-qa-{STAGES[0]}"]
     job["metadata"]["annotations"] = {
         names.ANNOTATION_INPUTS: "[",
@@ -1271,7 +1140,7 @@ def _running_pod(operator: Operator) -> Object:
 
 
 def test_pod_that_other_containers_keep_from_ending_is_said_to_be() -> None:
-    operator = _first_stage_runs()
+    operator = first_stage_runs()
     pod = _running_pod(operator)
     times = {"startedAt": "2026-01-01T00:00:00Z", "finishedAt": "2026-01-01T01:00:00Z"}
     state = {"terminated": {"exitCode": 0, **times}}
@@ -1288,7 +1157,7 @@ def test_pod_that_other_containers_keep_from_ending_is_said_to_be() -> None:
 
 
 def test_pod_that_cannot_leave_a_lost_node_is_said_to_be_and_no_second_job_is_made() -> None:
-    operator = _first_stage_runs()
+    operator = first_stage_runs()
     pod = _running_pod(operator)
     pod["metadata"]["deletionTimestamp"] = "2026-01-01T01:00:00Z"
     pod["status"]["conditions"] = [{"type": "DisruptionTarget", "status": "True"}]

@@ -123,6 +123,12 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="save and leave when standard input is closed",
     )
     parser.add_argument(
+        "--await",
+        dest="awaited",
+        metavar="FILE|URL",
+        help="stand by: the configuration is a forecast, and the stage file comes from there",
+    )
+    parser.add_argument(
         "--termination-message", type=Path, help="where to write the report's short form"
     )
     parser.add_argument(
@@ -164,7 +170,13 @@ def _run(options: argparse.Namespace, stop: SignalledStop) -> tuple[StageReport,
         from stagetune_trainer.run import run_task
         from stagetune_trainer.start_clock import StartClock, seconds_since_process_start
 
-        age = seconds_since_process_start() or time.monotonic() - _STARTED
+        if options.awaited is not None:
+            from stagetune_trainer.standby import await_stage_file
+
+            config = await_stage_file(options.awaited, config, stop)
+            age = 0.0  # what was done before the task was due is no part of it
+        else:
+            age = seconds_since_process_start() or time.monotonic() - _STARTED
         return run_task(config, stop, clock=StartClock(age), metrics_port=options.metrics_port)
     except KeyboardInterrupt:
         return _ended_early(

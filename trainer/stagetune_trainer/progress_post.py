@@ -79,7 +79,18 @@ class ProgressServer:
         )
 
     def post(self, body: Mapping[str, Any]) -> None:
-        """Post `body` as JSON; raises PostError where the server did not take it.
+        """Post `body` as JSON; raises PostError where the server did not take it."""
+        self._exchange("POST", json.dumps(body).encode())
+
+    def get(self) -> bytes:
+        """Return what the server has for this process, empty where it has nothing yet.
+
+        Raises PostError.
+        """
+        return self._exchange("GET")
+
+    def _exchange(self, method: str, body: bytes | None = None) -> bytes:
+        """Send one request and return the body of the answer.
 
         No redirect is followed, and no proxy asked: the token is for this server alone.
         """
@@ -89,8 +100,9 @@ class ProgressServer:
         try:
             connection, path = self._connection()
             try:
-                connection.request("POST", path, json.dumps(body).encode(), headers)
-                status = connection.getresponse().status
+                connection.request(method, path, body, headers)
+                response = connection.getresponse()
+                status, answer = response.status, response.read()
             finally:
                 connection.close()
         except OSError as error:
@@ -100,6 +112,7 @@ class ProgressServer:
             raise PostError(type(error).__name__) from None
         if status >= 300:
             raise PostError(f"it answers with status {status}")
+        return answer
 
     def _connection(self) -> tuple[http.client.HTTPConnection, str]:
         parts = urlsplit(self.url)
