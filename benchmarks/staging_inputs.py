@@ -18,11 +18,8 @@ def write_inputs(work: Path, num_rows: int, model: Path | None, data: Path | Non
 
     `data` holds messages as JSON lines, `model` is a folder or a GGUF file.
     """
-    inputs = _quickstart()
     if data is None:
-        training, validation = inputs.build_rows(inputs.FACT_TYPES, inputs.SEED)
-        chosen = training[:num_rows] + validation[:VALIDATION_ROWS]
-        rows = [json.loads(line) for line in inputs.format_rows(chosen).splitlines()]
+        rows = quickstart_rows(num_rows, VALIDATION_ROWS)
         for row in rows:
             row["messages"].insert(0, {"role": "system", "content": SYSTEM})
     else:
@@ -36,6 +33,20 @@ def write_inputs(work: Path, num_rows: int, model: Path | None, data: Path | Non
         (work / f"{name}.jsonl").write_text(text, encoding="utf-8")
     if model is not None:
         return f"file://{model.resolve()}"
+    return place_model(work)
+
+
+def quickstart_rows(num_rows: int, num_validation: int) -> list[dict[str, Any]]:
+    """Return rows of the quick start's training set, and behind them rows of the other one."""
+    inputs = _quickstart()
+    training, validation = inputs.build_rows(inputs.FACT_TYPES, inputs.SEED)
+    chosen = training[:num_rows] + validation[:num_validation]
+    return [json.loads(line) for line in inputs.format_rows(chosen).splitlines()]
+
+
+def place_model(work: Path) -> str:
+    """Put the quick start's model into `work` and return its source."""
+    inputs = _quickstart()
     inputs.place_model(inputs.find_model(), work / "model.gguf")
     return "file://model.gguf"
 

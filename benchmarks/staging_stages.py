@@ -69,7 +69,7 @@ class Run:
         steps = -(-self.facts.data.train_rows // spec.training.batch_size)
         same = {"index": 0, "steps": steps, "validation_interval": steps, "warmup_steps": 0}
         stages = [stage.model_copy(update=same) for stage in plan.stages]
-        return spec, [_with_cache(stage) if arm.cached else stage for stage in stages]
+        return spec, [with_cache(stage) if arm.cached else stage for stage in stages]
 
     def write_stage_file(self, arm: Arm, path: Path) -> None:
         """Write the file of the arm's first stage: from it `staging_rows` knows the batches."""
@@ -129,7 +129,7 @@ class Run:
         )
 
 
-def _with_cache(stage: PlannedStage) -> PlannedStage:
+def with_cache(stage: PlannedStage) -> PlannedStage:
     planned = stage.prefix_cache
     if planned is None or planned.used:
         return stage
