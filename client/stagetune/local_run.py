@@ -241,7 +241,8 @@ class _Run:
 
         def on_progress(progress: Progress) -> None:
             self._board.stage_progressed(stage.index, progress)
-            if foreseen is not None and is_near_its_end(progress):
+            is_leaving = self._interruption.is_requested()
+            if foreseen is not None and is_near_its_end(progress) and not is_leaving:
                 self._standby.begin(*foreseen)
 
         try:

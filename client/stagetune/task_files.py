@@ -3,9 +3,11 @@
 from collections.abc import Sequence
 
 from stagetune.manifest_file import ManifestFile
+from stagetune.run_record import read_report
 from stagetune_api import names
 from stagetune_api.facts import Facts
 from stagetune_api.names import RunLayout, StageLayout
+from stagetune_api.report import Outcome
 from stagetune_api.spec import RuntimeSpec, Standby
 from stagetune_api.stage import (
     ParentRef,
@@ -76,7 +78,7 @@ class TaskFiles:
         """
         runtime = self._spec.runtime or RuntimeSpec()
         follower = next(iter(plan.stages[stage.index + 1 :]), None)
-        is_shared = follower is not None and plan_engine(self._spec.runtime) is not None
+        is_shared = plan_engine(self._spec.runtime) is not None
         # The evaluation's file has to name a chain, and of one stage there is none yet.
         if runtime.standby is Standby.NEVER or is_shared or len(plan.stages) < 2:
             return None
@@ -84,7 +86,8 @@ class TaskFiles:
         layout = self._layout.task(task.value.lower())
         if follower is not None:
             layout = self._layout.stage(follower.directory)
-        if layout.report.exists():
+        report = read_report(layout)
+        if report is not None and report.outcome is Outcome.SUCCEEDED:
             return None
         stages = plan.stages if follower is None else []
         return self.build(task, layout, facts, stage=follower, chain=chain, stages=stages), layout

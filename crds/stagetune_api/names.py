@@ -34,8 +34,8 @@ ANNOTATION_STAGE_CONFIG = f"{GROUP}/stage-config"
 ANNOTATION_CONFIG_DIGEST = f"{GROUP}/config-digest"
 """Annotation of a Job: digest of the StageConfig, by which the operator knows its own again."""
 ANNOTATION_FORECAST_DIGEST = f"{GROUP}/forecast-digest"
-"""Annotation of a Job that was made before its task was due: digest of the StageConfig as far as
-it was known then. Its pod stands by until it is given the whole."""
+"""Annotation of a Job that was made before its task was due: digest of its pods' template, with the
+StageConfig as far as it was known then. Its pod stands by until it is given the whole."""
 ANNOTATION_INPUTS = f"{GROUP}/inputs"
 """Annotation of a Job: the Jobs whose results it goes on from, as JSON by task."""
 ANNOTATION_MICRO_BATCH_SIZE = f"{GROUP}/micro-batch-size"

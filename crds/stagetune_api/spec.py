@@ -267,11 +267,11 @@ class RuntimeSpec(ApiModel):
     deepspeed: DeepSpeedSpec | None = None
     """deepspeed holds the options of that engine."""
     standby: Standby = Standby.AUTO
-    """standby says whether the next stage's pod is started in the last minute of the one before, on
-    the same node, and waits with its code imported and the base model checked. Auto does so where
-    pods take no GPU; Always also where they do, so that two are held for that minute; Never waits
-    for the end of a stage. No pod stands by where a queue admits Jobs, with priorityClassName, or
-    where a stage has several processes."""
+    """standby says whether the next task's pod is started in the last minute of a stage, on the
+    same node, and waits with its code imported and the base model checked. Auto does so where pods
+    take no GPU; Always also where they do, so that two are held for that minute; Never waits for
+    the end of a stage. No pod stands by where a queue admits Jobs, with priorityClassName, or where
+    stages have several processes."""
 
 
 class AccessMode(StrEnum):

@@ -53,10 +53,10 @@ def advance(run: RunPass, step: Step) -> Standing | None:
             return None
         return _gone_too_often(run, step) or _start(run, step)
     if standby.stands_by(run, step, job):
-        is_taken = standby.accept(run, step, job, _inputs(run, step))
-        return at_work(step) if is_taken else _start(run, step)
+        is_taken = standby.accept(run, step, job, _inputs(run, step), _last_node(run))
+        return at_work(step, f"{step.title} begins") if is_taken else _start(run, step)
     disruptions = sum(
-        pod.was_disrupted and not standby.was_let_go(run, step, pod)
+        pod.was_disrupted and not standby.was_in_vain(run, step, pod)
         for pod in run.objects.pods
         if pod.task == step.key and pod.index == 0
     )

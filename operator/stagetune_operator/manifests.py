@@ -119,10 +119,8 @@ def build_job(
     if queue is not None:
         # Of the Job alone: with it a queue for plain pods would hold the pod back as well.
         metadata["labels"][names.LABEL_QUEUE] = queue
-    is_due = order.standby_node is None
-    kind = names.ANNOTATION_CONFIG_DIGEST if is_due else names.ANNOTATION_FORECAST_DIGEST
     annotations = {
-        kind: config_digest(order.config),
+        names.ANNOTATION_CONFIG_DIGEST: config_digest(order.config),
         names.ANNOTATION_INPUTS: json.dumps(dict(order.inputs), sort_keys=True),
     }
     if order.config.task in (Task.TRAIN, Task.EVALUATE):
@@ -137,6 +135,15 @@ def build_job(
     }
     if num_pods > 1:
         order = replace(order, coordinator=f"{name}-0.{service_name(owner)}")
+    template = {
+        "metadata": pod_metadata,
+        "spec": {
+            **build_pod_spec(owner, spec, settings, order),
+            **({"subdomain": service_name(owner)} if num_pods > 1 else {}),
+        },
+    }
+    if order.standby_node is not None:
+        annotations[names.ANNOTATION_FORECAST_DIGEST] = digest_of_json(template)
     return {
         "apiVersion": "batch/v1",
         "kind": "Job",
@@ -151,13 +158,7 @@ def build_job(
             "podFailurePolicy": _pod_failure_policy(),
             # A queue admits the Job by ending its suspension.
             "suspend": queue is not None,
-            "template": {
-                "metadata": pod_metadata,
-                "spec": {
-                    **build_pod_spec(owner, spec, settings, order),
-                    **({"subdomain": service_name(owner)} if num_pods > 1 else {}),
-                },
-            },
+            "template": template,
         },
     }
 

@@ -22,6 +22,7 @@ from stagetune_operator.token_reviews import TokenReviews
 from stagetune_operator.views import Object
 
 POSTS_PER_SECOND = 2.0
+QUESTIONS_PER_SECOND = 5.0
 _BURST = 4.0
 _MAX_BUCKETS = 10000
 _BODY_SECONDS = 10.0
@@ -38,18 +39,21 @@ class _RefusedError(Exception):
 
 
 class RateLimit:
-    """A few posts at once and then so many a second, for each pod."""
+    """A few requests at once and then so many a second, for each pod."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, per_second: float = POSTS_PER_SECOND, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.per_second = per_second
         self._clock = clock
         self._buckets: dict[str, tuple[float, float]] = {}
-        """By the pod's uid: how many posts were left, and when."""
+        """By the pod's uid: how many requests were left, and when."""
 
     def allows(self, pod_uid: str) -> bool:
-        """Whether the pod may post now; counts the post if so."""
+        """Whether the pod may come now; counts the request if so."""
         now = self._clock()
         left, then = self._buckets.pop(pod_uid, (_BURST, now))
-        left = min(_BURST, left + (now - then) * POSTS_PER_SECOND)
+        left = min(_BURST, left + (now - then) * self.per_second)
         allowed = left >= 1
         # At the end again: the first one in the dict is the one that has been silent longest.
         self._buckets[pod_uid] = (left - 1 if allowed else left, now)
@@ -79,6 +83,7 @@ class ProgressEndpoint:
         self._objects = objects
         self._progress = progress
         self._rate_limit = rate_limit
+        self._question_limit = RateLimit(QUESTIONS_PER_SECOND)
         self._on_post = on_post
         self._stage_file_for = stage_file_for
 
@@ -123,6 +128,7 @@ class ProgressEndpoint:
         """Return the stage file of the pod that asks; nothing while its task is not due."""
         key, task = _addressed(request)
         pod = await self._speaker(request, key, task)
+        _count(pod, self._question_limit)
         text = self._stage_file_for(key, pod["metadata"]["uid"])
         if text is None:
             return web.Response(status=HTTPStatus.NO_CONTENT)
@@ -137,10 +143,7 @@ class ProgressEndpoint:
         if self._objects.snapshot(key).run is None:
             raise _RefusedError(HTTPStatus.NOT_FOUND, "there is no such run")
         uid = pod["metadata"]["uid"]
-        if not self._rate_limit.allows(uid):
-            raise _RefusedError(
-                HTTPStatus.TOO_MANY_REQUESTS, f"more than {POSTS_PER_SECOND:g} posts a second", 1
-            )
+        _count(pod, self._rate_limit)
         try:
             async with asyncio.timeout(_BODY_SECONDS):
                 body = await request.read()
@@ -171,6 +174,13 @@ class ProgressEndpoint:
                 HTTPStatus.FORBIDDEN, "the token is not of a live pod of this task of this run"
             )
         return pod
+
+
+def _count(pod: Object, limit: RateLimit) -> None:
+    if not limit.allows(pod["metadata"]["uid"]):
+        raise _RefusedError(
+            HTTPStatus.TOO_MANY_REQUESTS, f"more than {limit.per_second:g} a second", 1
+        )
 
 
 def _addressed(request: web.Request) -> tuple[RunKey, str]:

@@ -21,7 +21,13 @@ from stagetune_api.status import (
 )
 from stagetune_operator.conditions import Standing, with_standing
 from stagetune_operator.decide import Decision, decide
-from stagetune_operator.errors import AlreadyExistsError, ConflictError, DeniedError, GoneError
+from stagetune_operator.errors import (
+    AlreadyExistsError,
+    ConflictError,
+    DeniedError,
+    GoneError,
+    UnavailableError,
+)
 from stagetune_operator.events import events_between
 from stagetune_operator.keys import RunKey
 from stagetune_operator.ownership import is_of_earlier_run, is_own
@@ -268,16 +274,25 @@ class Reconciler:
             match intent.action:
                 case DeleteJob(name=name, uid=uid):
                     await self._cluster.delete_job(run["metadata"]["namespace"], name, uid)
-                case Create(manifest=manifest, is_optional=is_optional):
-                    standing = await self._create(run, manifest)
-                    if standing is not None and is_optional:
+                case Create(manifest=manifest, is_optional=True):
+                    if not await self._try_to_create(run, manifest):
                         declined.add(manifest["metadata"]["name"])
-                    elif standing is not None:
+                case Create(manifest=manifest):
+                    standing = await self._create(run, manifest)
+                    if standing is not None:
                         is_final = standing.reason is ConditionReason.CANNOT_CREATE
                         lasts = is_final or standing.is_stalled
                         seconds = _DENIED_SECONDS if lasts else _LEFTOVER_SECONDS
                         return _Refused(standing, intent.fallback, seconds)
         return None
+
+    async def _try_to_create(self, run: Object, manifest: Object) -> bool:
+        """Make an object that the run goes on without; return whether it is there."""
+        try:
+            return await self._create(run, manifest) is None
+        except (UnavailableError, ConflictError) as error:
+            logger.info("%s is not made: %s", manifest["metadata"]["name"], error)
+            return False
 
     async def _create(self, run: Object, manifest: Object) -> Standing | None:
         what = f"{manifest['kind']} {manifest['metadata']['name']}"

@@ -53,7 +53,7 @@ class JobView:
     message: str
     """Why the Job failed, in Kubernetes' words."""
     forecast_digest: str = ""
-    """Of a Job that was made before its task was due: digest of the file as known by then."""
+    """Of a Job that was made before its task was due: digest of its pods' template."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,5 +1,6 @@
 """`stagetune run` with real processes: to the end, again, killed anywhere, on damaged files."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -238,6 +239,15 @@ def test_killed_run_goes_on_to_the_same_bits(
     assert_same_weights(finished(**spec), run_directory)
 
 
+def processes_naming(path: Path) -> list[int]:
+    found = []
+    for command in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if str(path).encode() in command.read_bytes():
+                found.append(int(command.parent.name))
+    return found
+
+
 def test_ctrl_c_saves_and_leaves_and_the_same_command_goes_on(
     finished: Callable[..., Path], write_manifest: WriteManifest, tmp_path: Path
 ) -> None:
@@ -249,6 +259,9 @@ def test_ctrl_c_saves_and_leaves_and_the_same_command_goes_on(
     output, _ = process.communicate(timeout=TIMEOUT_SECONDS)
     assert process.returncode == ExitCode.INTERRUPTED, output
     assert "Stopped: saved. The same command goes on from there." in output
+    # Nor the process of the second stage, which was standing by.
+    assert (run_directory / "stages" / "02-layers-2-3" / "forecast.json").exists()
+    assert processes_naming(run_directory) == []
     assert status_of(run_directory).state is RunState.INTERRUPTED
     assert list((run_directory / "stages" / "01-layers-0-1" / "checkpoints").glob("step-*"))
     done(manifest, run_directory)

@@ -97,16 +97,33 @@ def test_a_process_for_something_else_is_ended_and_another_one_started(
     assert not process.is_alive()
 
 
-def test_nothing_is_left_of_a_run_that_ends(
+def test_a_process_that_is_ended_is_gone(
     config: StageConfig, layout: StageLayout, descriptor: int
 ) -> None:
     standby = Standby(descriptor)
     standby.begin(config.forecast(), layout)
-    begun = time.monotonic()
     standby.end()
     standby.end()
     assert alive_with(layout.forecast) == []
-    assert time.monotonic() - begun < 60
+
+
+def test_a_run_goes_on_where_no_process_can_be_started(
+    config: StageConfig, layout: StageLayout, descriptor: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried = []
+
+    def refuse(*arguments: object, **options: object) -> None:
+        tried.append(arguments)
+        raise BlockingIOError("too many processes")
+
+    standby = Standby(descriptor)
+    with monkeypatch.context() as patched:
+        patched.setattr("stagetune.trainer_process.subprocess.Popen", refuse)
+        standby.begin(config.forecast(), layout)
+        standby.begin(config.forecast(), layout)
+    assert len(tried) == 1
+    code = standby.start(config, layout).follow(lambda progress: None, Interruption())
+    assert code == TrainerExitCode.STORAGE_ERROR
 
 
 def test_a_stage_is_near_its_end_by_what_its_steps_say() -> None:

@@ -243,6 +243,12 @@ class FakeCluster:
                     pod["metadata"]["annotations"][names.ANNOTATION_STAGE_CONFIG] = text
                     pod["spec"]["containers"][0]["args"] = []
 
+    def drain(self, task: str) -> None:
+        """Delete the pods at `task`, as a drained node does; their Job makes others."""
+        for key, pod in list(self.objects.items()):
+            if key[0] == "Pod" and pod["metadata"]["labels"][names.LABEL_TASK] == task:
+                del self.objects[key]
+
     def start_pods(self) -> None:
         """Let every Job's pod start, and none end."""
         self._start_pods()

@@ -12,6 +12,7 @@ from stagetune_api.names import TrainerExitCode
 from stagetune_api.report import FailureClass
 from stagetune_api.stage import StageConfig
 from stagetune_api.status import StageState
+from stagetune_operator.errors import UnavailableError
 from stagetune_operator.views import Object
 
 URL = {"progress_url": "http://operator:8080"}
@@ -138,9 +139,10 @@ def test_evaluation_stands_by_for_the_last_stage() -> None:
         ({}, URL),
         ({"spec.runtime": {"standby": "Never"}}, URL),
         ({"spec.runtime": {"priorityClassName": "high"}}, URL),
+        ({"spec.runtime": {"processesPerNode": 2}}, URL),
         (NO_GPU, {"progress_url": ""}),
     ],
-    ids=["gpu", "never", "priority", "nobody-to-ask"],
+    ids=["gpu", "never", "priority", "processes", "nobody-to-ask"],
 )
 def test_no_pod_stands_by(edits: Mapping[str, Any], settings: Mapping[str, Any]) -> None:
     operator = near_the_end(edits, **settings)
@@ -189,16 +191,56 @@ def test_failed_run_keeps_no_pod_that_stands_by() -> None:
     assert SECOND not in operator.jobs
 
 
-def test_pod_that_has_not_started_when_its_task_is_due_is_let_go() -> None:
+def test_pod_without_room_beside_the_one_at_work_gets_the_room_that_it_leaves() -> None:
     operator = near_the_end()
-    pod = operator.cluster.objects["Pod", newest_pod(operator, STAGES[0])["metadata"]["name"]]
-    text = pod["metadata"]["annotations"][names.ANNOTATION_STAGE_CONFIG]
-    operator.cluster._end_pod(pod, succeeds(StageConfig.model_validate_json(text), pod))
+    operator.cluster.start_pods()
+    stored = lacks_room(operator, STAGES[1])
+    end_first_stage(operator)
+    operator.settle()
+    assert operator.jobs[-1] == SECOND
+    assert operator.status.stages[1].state is StageState.QUEUED
+    has_room(stored)
+    operator.settle()
+    operator.reconcile()
+    assert offered(operator, newest_pod(operator, STAGES[1])) is not None
+    assert operator.finish().state == "Succeeded"
+
+
+def test_pod_that_finds_no_room_on_its_node_makes_way_for_one_that_is_bound_to_none() -> None:
+    operator = near_the_end()
+    operator.cluster.start_pods()
+    lacks_room(operator, STAGES[1])
+    end_first_stage(operator)
+    operator.settle()
+    operator.clock += 19.0
+    assert operator.reconcile() == pytest.approx(1.0)
+    assert operator.jobs[-1] == SECOND
+    operator.clock += 1.0
     operator.settle()
     assert operator.jobs[-1] == f"{SECOND}-2"
-    newest = operator.cluster.of_kind("Job")[-1]
-    assert names.ANNOTATION_FORECAST_DIGEST not in newest["metadata"]["annotations"]
+    assert not is_bound(operator.cluster.of_kind("Job")[-1])
     assert operator.finish().state == "Succeeded"
+
+
+def lacks_room(operator: Operator, task: str) -> Object:
+    """Let the pod at `task` be one that no node takes."""
+    stored = operator.cluster.objects["Pod", newest_pod(operator, task)["metadata"]["name"]]
+    stored["status"] = {
+        "phase": "Pending",
+        "conditions": [{"type": "PodScheduled", "status": "False", "message": "no room"}],
+    }
+    return stored
+
+
+def has_room(stored: Object) -> None:
+    state = {"running": {"startedAt": "2026-01-01T01:00:00Z"}}
+    container = {"name": names.TRAINER_CONTAINER, "state": state}
+    stored["status"] = {"phase": "Running", "containerStatuses": [container]}
+
+
+def is_bound(job: Object) -> bool:
+    affinity = job["spec"]["template"]["spec"].get("affinity", {}).get("nodeAffinity", {})
+    return "requiredDuringSchedulingIgnoredDuringExecution" in affinity
 
 
 def test_pod_that_dies_while_it_stands_by_fails_nothing() -> None:
@@ -213,37 +255,85 @@ def test_pod_that_dies_while_it_stands_by_fails_nothing() -> None:
     assert status.stages[1].attempts - status.stages[1].attempts_before == 1
 
 
-def test_pod_of_another_plan_is_let_go() -> None:
+@pytest.mark.parametrize("name", ["layers-2-3", "renamed"])
+def test_pod_of_another_plan_is_let_go(name: str) -> None:
     operator = near_the_end()
     operator.cluster.start_pods()
-    stage = {"name": "layers-2-3", "layers": {"first": 2, "last": 3}, "learningRate": 7e-6}
+    stage = {"name": name, "layers": {"first": 2, "last": 3}, "learningRate": 7e-6}
     first = {"name": "layers-0-1", "layers": {"first": 0, "last": 1}}
 
     def edit(spec: Object) -> None:
         spec.pop("schedule")
         spec["stages"] = [first, stage]
 
+    operator.progress = {}
     operator.cluster.edit_run("finance-qa", edit)
     operator.settle()
-    status = operator.finish()
-    assert status.state == "Succeeded"
-    trained = [job for job in operator.cluster.of_kind("Job") if STAGES[1] in str(job["metadata"])]
-    assert len(trained) >= 1
+    assert SECOND not in operator.jobs
+    assert operator.finish().state == "Succeeded"
 
 
-def test_accepted_pod_that_is_disrupted_is_followed_by_one_that_is_bound_to_no_node() -> None:
+def test_pod_made_by_another_spec_of_pods_is_let_go() -> None:
+    operator = near_the_end()
+    operator.cluster.start_pods()
+    operator.cluster.edit_run(
+        "finance-qa", lambda spec: spec["runtime"].update(nodeSelector={"disk": "fast"})
+    )
+    end_first_stage(operator)
+    operator.settle()
+    assert operator.jobs[-1] == f"{SECOND}-2"
+    template = operator.cluster.of_kind("Job")[-1]["spec"]["template"]
+    assert template["spec"]["nodeSelector"] == {"disk": "fast"}
+    assert operator.finish().state == "Succeeded"
+
+
+def test_pods_stand_by_in_a_run_that_is_done_again() -> None:
+    kept = {"spec.storage": {"size": "10Gi", "retain": "Everything"}}
+    operator = begun({**NO_GPU, **kept}, **URL)
+    assert operator.finish().state == "Succeeded"
+
+    def order(spec: Object) -> None:
+        spec["retry"] = {"number": 1, "fromStage": "layers-0-1"}
+
+    operator.cluster.edit_run("finance-qa", order)
+    operator.settle()
+    operator.cluster.start_pods()
+    operator.settle()
+    post(operator, STAGES[0], 10.0)
+    operator.settle()
+    assert operator.jobs[-1] == f"{SECOND}-2"
+    operator.cluster.start_pods()
+    operator.cluster.advance({STAGES[1]: waits})
+    operator.settle()
+    operator.reconcile()
+    assert operator.jobs[-1] == f"{SECOND}-2"
+    assert offered(operator, newest_pod(operator, STAGES[1])) is not None
+    assert operator.finish().state == "Succeeded"
+
+
+@pytest.mark.parametrize("remains", [True, False], ids=["its-end-is-seen", "it-is-gone"])
+def test_accepted_pod_that_is_disrupted_is_followed_by_one_that_is_bound_to_no_node(
+    remains: bool,
+) -> None:
     operator = near_the_end({"spec.runtime": {"maxRetries": 0}})
     operator.cluster.start_pods()
     end_first_stage(operator)
     operator.settle()
     operator.reconcile()
+    operator.cluster.give_files()
     operator.cluster.advance(lambda config, pod: Ending(exit_code=137, is_disrupted=True))
+    operator.settle()
+    if not remains:
+        operator.cluster.drain(STAGES[1])
+    operator.cluster.start_pods()
+    lacks_room(operator, STAGES[1])
+    operator.settle()
+    operator.clock += 20.0
+    operator.settle()
+    assert operator.jobs[-1] == f"{SECOND}-2"
+    assert not is_bound(operator.cluster.of_kind("Job")[-1])
     status = operator.finish()
-    assert status.state == "Succeeded"
-    assert status.stages[1].disruptions == 1
-    job = next(job for job in operator.cluster.of_kind("Job") if f"{SECOND}-2" in str(job))
-    affinity = job["spec"]["template"]["spec"]["affinity"]["nodeAffinity"]
-    assert "requiredDuringSchedulingIgnoredDuringExecution" not in affinity
+    assert (status.state, status.stages[1].disruptions) == ("Succeeded", 1)
 
 
 def test_pod_that_may_not_be_made_early_is_made_in_time() -> None:
@@ -260,6 +350,28 @@ def test_pod_that_may_not_be_made_early_is_made_in_time() -> None:
     assert len(operator.cluster.writes) == writes
     operator.cluster.deny = lambda manifest: None
     assert operator.finish().state == "Succeeded"
+
+
+def test_server_that_cannot_make_a_pod_early_keeps_no_status_from_being_written(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    operator = first_stage_runs(NO_GPU, **URL)
+    create = operator.cluster.create
+
+    async def fails_for_it(manifest: Object) -> Object:
+        if manifest["metadata"]["name"] == SECOND:
+            raise UnavailableError("the webhook does not answer")
+        return await create(manifest)
+
+    monkeypatch.setattr(operator.cluster, "create", fails_for_it)
+    post(operator, STAGES[0], 10.0)
+    operator.settle()
+    assert operator.status.stages[0].step == 3
+    assert operator.jobs[-1] == FIRST
+
+
+def test_stage_that_says_that_it_is_done_has_no_pod_made_for_a_moment() -> None:
+    assert near_the_end(seconds=0.0).jobs[-1] == FIRST
 
 
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])

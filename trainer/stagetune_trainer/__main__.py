@@ -161,7 +161,8 @@ def _run(options: argparse.Namespace, stop: SignalledStop) -> tuple[StageReport,
         set_up_environment(config.task)
         if config.engine is not None and not launch.is_started():
             return launch.run_processes(options.config, config, stop, options.metrics_port)
-        stop.raises = config.task is not Task.TRAIN
+        # One that stands by has nothing to save either.
+        stop.raises = config.task is not Task.TRAIN or options.awaited is not None
         if stop.raises and stop.requested:
             raise KeyboardInterrupt
         # After the signal handlers: the imports take seconds, and a request must not be lost.
@@ -173,7 +174,8 @@ def _run(options: argparse.Namespace, stop: SignalledStop) -> tuple[StageReport,
         if options.awaited is not None:
             from stagetune_trainer.standby import await_stage_file
 
-            config = await_stage_file(options.awaited, config, stop)
+            config = await_stage_file(options.awaited, config)
+            stop.raises = config.task is not Task.TRAIN
             age = 0.0  # what was done before the task was due is no part of it
         else:
             age = seconds_since_process_start() or time.monotonic() - _STARTED

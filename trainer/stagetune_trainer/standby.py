@@ -10,41 +10,32 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
 
 from stagetune_api.stage import StageConfig
 from stagetune_trainer.progress_post import PostError, ProgressServer
 
 logger = logging.getLogger(__name__)
 
-_FILE_SECONDS, _SERVER_SECONDS = 0.05, 0.25
-"""Between two looks."""
+_FILE_SECONDS, _SERVER_SECONDS, _TROUBLE_SECONDS = 0.05, 0.25, 2.0
+"""Between two looks: at a file, at a server, and at one that did not answer as it should."""
 _PATIENCE_SECONDS = 3600.0
 """Nobody needs a process that has waited this long."""
 
 
-class Stop(Protocol):
-    """Whether somebody asked the process to leave."""
-
-    @property
-    def requested(self) -> bool:
-        """True from the moment of the request."""
-
-
-def await_stage_file(where: str, forecast: StageConfig, stop: Stop) -> StageConfig:
+def await_stage_file(where: str, forecast: StageConfig) -> StageConfig:
     """Return the stage file, once it is at `where`: a path, or an http:// or https:// address.
 
-    Raises KeyboardInterrupt when asked to stop, TimeoutError after an hour, and ValueError where
-    the file is not the one that was foreseen: what was imported and checked is not for it.
+    Raises KeyboardInterrupt after an hour, as if asked to stop, for nothing has begun and nothing
+    has failed; and ValueError where the file is not the one that was foreseen: what was imported
+    and checked is not for it.
     """
     is_address = where.startswith(("http://", "https://"))
     look = _from_server(where) if is_address else _from_file(Path(where))
     deadline = time.monotonic() + _PATIENCE_SECONDS
     while not (data := look()):
-        if stop.requested:
-            raise KeyboardInterrupt("asked to stop")
         if time.monotonic() > deadline:
-            raise TimeoutError(f"no stage file came from {where}")
+            logger.error("no stage file came from %s", where)
+            raise KeyboardInterrupt
         time.sleep(_SERVER_SECONDS if is_address else _FILE_SECONDS)
     config = StageConfig.model_validate_json(data)
     if config.forecast() != forecast:
@@ -76,6 +67,7 @@ def _from_server(url: str) -> Callable[[], bytes]:
             if str(error) not in said:
                 said.add(str(error))
                 logger.warning("no stage file from %s yet: %s", url, error)
+            time.sleep(_TROUBLE_SECONDS)
             return b""
 
     return look
