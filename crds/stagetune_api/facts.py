@@ -82,6 +82,8 @@ class DataFacts(ApiModel):
     """replayRows of other text that is mixed into training."""
     replay_tokens: Count = 0
     """replayTokens of those rows."""
+    max_general_tokens: Count = 0
+    """maxGeneralTokens is the length of the longest row of general text."""
     digest: str | None = None
     """digest of the tokenised rows; absent where the sizes are assumed."""
 

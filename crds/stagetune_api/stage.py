@@ -69,6 +69,8 @@ class StageEstimate(ApiModel):
     activations), or of another phase of the stage where that takes more."""
     disk_bytes: Annotated[int, Field(ge=0)]
     """diskBytes of the stage's checkpoints and output at their largest."""
+    checkpoint_bytes: Annotated[int, Field(ge=0)] = 0
+    """checkpointBytes of one checkpoint."""
     step_flops: Annotated[int, Field(ge=0)]
     """stepFlops of one optimizer step on rows of mean length."""
     relative_step_flops: Annotated[float, Field(ge=0)]

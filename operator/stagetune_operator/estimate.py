@@ -42,8 +42,8 @@ from stagetune_operator.step_flops import step_flops
 
 DEVICE_CONTEXT_BYTES = 6 * 2**30 // 10
 """An allowance of 0.6 GiB for the CUDA context, cuBLAS workspaces and the allocator's rounding."""
-CHECKPOINTS_AT_ONCE = 2
-"""The one being written and the one it replaces."""
+CHECKPOINTS_AT_ONCE = 3
+"""The one being written and the two that are kept, of which the older one goes afterwards."""
 CPU_PROCESS_BYTES = 765 * 2**20
 """Resident memory of a trainer's process with its code loaded and nothing else: that of PyTorch's
 Linux wheel with its CUDA libraries, for facts of a prepare that has not measured it."""
@@ -115,6 +115,7 @@ def estimate_stage(
         overhead_bytes=overhead,
         memory_bytes=max(phases) + overhead,
         disk_bytes=CHECKPOINTS_AT_ONCE * state.checkpoint + trainable * output,
+        checkpoint_bytes=state.checkpoint,
         step_flops=flops,
         relative_step_flops=round(flops / full, 6),
     )

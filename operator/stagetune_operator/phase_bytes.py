@@ -77,12 +77,13 @@ def measured_bytes(facts: Facts, training: TrainingSpec, element: int, *, genera
     """
     model = facts.model
     answers = min(answers_at_once(facts, training), model.hidden_size) * 3 * 4
-    tokens = training.micro_batch_size * facts.data.max_row_tokens
+    longest = max(facts.data.max_row_tokens, facts.data.max_general_tokens)
+    tokens = training.micro_batch_size * longest
     is_whole = general and tokens < model.hidden_size
     return model.vocab_size * max(answers, tokens * 2 * element if is_whole else 0)
 
 
 def answers_at_once(facts: Facts, training: TrainingSpec) -> int:
-    """Return the answer tokens of a micro-batch of the longest row."""
+    """Return the answer tokens of a micro-batch of the longest row, where it has the mean share."""
     tokens = training.micro_batch_size * facts.data.max_row_tokens
     return math.ceil(tokens * facts.data.train_answer_tokens / facts.data.train_tokens)

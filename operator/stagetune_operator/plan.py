@@ -298,7 +298,9 @@ def _summary(
     caches = [stage.prefix_cache for stage in stages if stage.prefix_cache is not None]
     total_flops += sum(cache.flops for cache in caches)
     anchored = [hidden_states_bytes(spec.protection, facts, stage.rows.count) for stage in stages]
-    kept = sum(stage.estimate.disk_bytes for stage in stages) - sum(anchored)
+    # Of a stage that is done no checkpoint is being written any more.
+    checkpoints = [stage.estimate.checkpoint_bytes for stage in stages]
+    kept = sum(stage.estimate.disk_bytes for stage in stages) - sum(checkpoints) - sum(anchored)
     full_flops = math.ceil(data.train_rows / training.batch_size) * full.step_flops
     return PlanSummary(
         parameters=facts.model.parameters,
@@ -313,6 +315,6 @@ def _summary(
         total_flops=total_flops,
         relative_total_flops=round(total_flops / full_flops, 6),
         peak_memory_bytes=max(stage.estimate.memory_bytes for stage in stages),
-        disk_bytes=kept + max(anchored) + most_cached_bytes(stages),
+        disk_bytes=kept + max(checkpoints) + max(anchored) + most_cached_bytes(stages),
         full_fine_tuning=full,
     )

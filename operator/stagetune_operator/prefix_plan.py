@@ -61,6 +61,9 @@ class _Prefix:
     adapter_flops: dict[int, float]
     """Of the adapters of earlier stages, by layer."""
     flops_per_second: float
+    """Of one process."""
+    num_processes: int
+    """Processes of a stage: all compute what lies below it, and the first alone fills a cache."""
 
     @property
     def size(self) -> int:
@@ -75,7 +78,7 @@ class _Prefix:
     @property
     def seconds_without(self) -> float:
         """Seconds of computing it in every pass."""
-        return self.seen * self.flops(0) / self.flops_per_second
+        return self.seen * self.flops(0) / (self.flops_per_second * self.num_processes)
 
     def seconds_with(self, start: int) -> float:
         """Return the seconds of computing it once from layer `start`, and reading it then.
@@ -208,6 +211,7 @@ def _prefix(
         layer_flops=matrices + attention,
         adapter_flops={layer: 2.0 * parameters for layer, parameters in adapters},
         flops_per_second=GPU_FLOPS_PER_SECOND if machine.is_gpu else CPU_FLOPS_PER_SECOND,
+        num_processes=machine.engine.num_processes if machine.engine is not None else 1,
     )
 
 

@@ -2,18 +2,23 @@
 
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
+import torch
 
 from stagetune_api.report import Outcome, StageReport
 from stagetune_api.stage import StageConfig
 from stagetune_trainer.data.ahead import THREAD_NAME, BatchesAhead
 from stagetune_trainer.data.batch import Batch, collate
 from stagetune_trainer.data.store import StoredRow
+from stagetune_trainer.ranks import ALONE
 from stagetune_trainer.run import run_task
+from stagetune_trainer.stage_model import StageModel
 from stagetune_trainer.tensor_file import RowTensors
+from stagetune_trainer.train import _read_ahead
 from stop_requests import AfterChecks
 
 MakeConfig = Callable[..., StageConfig]
@@ -51,6 +56,20 @@ def test_the_next_step_is_made_while_this_one_computes() -> None:
     assert [step for step, _ in made] == [0, 1, 2]
     assert all(name.startswith(THREAD_NAME) for _, name in made)
     assert threads() == []
+
+
+def test_of_a_large_step_the_first_states_alone_are_read_before_it_begins(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Model:
+        def read_ahead(self, batch: Batch) -> Batch:
+            return replace(batch, states=torch.zeros(1, 2, 100))
+
+    monkeypatch.setattr("stagetune_trainer.train.READ_AHEAD_BYTES", 1500)
+    batches = [batch for step in range(4) for batch in batches_of(step)]
+    found = _read_ahead(batches, cast("StageModel", Model()), ALONE)
+    assert [batch.states is not None for batch in found] == [True, True, False, False]
+    assert steps_of(found) == [0, 1, 2, 3]
 
 
 def test_any_step_may_be_asked_for() -> None:

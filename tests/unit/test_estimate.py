@@ -27,6 +27,7 @@ from stagetune_api.training_spec import (
 )
 from stagetune_operator.activation_bytes import layer_activation_bytes
 from stagetune_operator.estimate import (
+    CHECKPOINTS_AT_ONCE,
     CPU_PROCESS_BYTES,
     DEVICE_CONTEXT_BYTES,
     Machine,
@@ -36,6 +37,7 @@ from stagetune_operator.estimate import (
 from stagetune_operator.model_facts import model_facts_from_config
 from stagetune_operator.stage_scope import StageScope
 from stagetune_operator.step_flops import step_flops
+from stagetune_trainer.checkpoint import KEPT_CHECKPOINTS
 
 GIB = 2**30
 CPU = Machine(is_gpu=False)
@@ -431,7 +433,7 @@ def test_a_full_stage_holds_sixteen_bytes_for_each_parameter_it_trains() -> None
     assert estimate.trainable_parameters == 4 * 233_057_792
     assert estimate.training_state_bytes == 16 * estimate.trainable_parameters
     assert estimate.weights_bytes == 2 * (7_615_616_512 - estimate.trainable_parameters)
-    assert estimate.disk_bytes == (2 * 16 + 2) * estimate.trainable_parameters
+    assert estimate.disk_bytes == (3 * 16 + 2) * estimate.trainable_parameters
     assert estimate.memory_bytes == (
         estimate.weights_bytes
         + estimate.training_state_bytes
@@ -679,8 +681,12 @@ def test_checkpoints_with_8_bit_moments_are_smaller() -> None:
         for optimizer in ("AdamW", "AdamW8bit")
     )
     count = usual.trainable_parameters
-    assert usual.disk_bytes == count * (2 * 16 + 2)
-    assert small.disk_bytes == pytest.approx(count * (2 * (6 + 1 / 32) + 2), rel=1e-6)
+    assert usual.disk_bytes == count * (3 * 16 + 2)
+    assert small.disk_bytes == pytest.approx(count * (3 * (6 + 1 / 32) + 2), rel=1e-6)
+
+
+def test_as_many_checkpoints_are_counted_as_there_are_while_one_is_written() -> None:
+    assert CHECKPOINTS_AT_ONCE == KEPT_CHECKPOINTS + 1
 
 
 # QLoRA, DoRA and Expand.

@@ -8,7 +8,7 @@ import pytest
 
 from stagetune_api.facts import DataFacts, Facts, ModelFacts
 from stagetune_api.spec import StagedFineTuneSpec
-from stagetune_api.stage import PlannedStage, PrefixCachePlan
+from stagetune_api.stage import EnginePlan, PlannedStage, PrefixCachePlan
 from stagetune_api.status import StagedFineTuneStatus, StageState, StageStatus
 from stagetune_operator.estimate import CPU_PROCESS_BYTES, Machine
 from stagetune_operator.model_facts import model_facts_from_config
@@ -151,6 +151,15 @@ def test_a_fast_device_computes_a_small_prefix_sooner_than_it_reads_it() -> None
     assert not found.used
     assert "keeping its states would take longer than computing 6 layers" in found.reason
     assert found.disk_bytes == found.flops == 0
+
+
+def test_several_processes_compute_a_prefix_together_and_one_alone_fills_a_cache() -> None:
+    engine = EnginePlan(processes_per_node=8, zero_stage=2)
+    spec = {"training": {"learningRate": 1e-4, "batchSize": 16, "microBatchSize": 1}}
+    alone = plan({"stageCount": 3}, **spec)
+    together = plan({"stageCount": 3}, machine=Machine(is_gpu=False, engine=engine), **spec)
+    assert [cache(stage).used for stage in alone.stages[1:]] == [True, True]
+    assert [cache(stage).used for stage in together.stages[1:]] == [False, False]
 
 
 def test_what_does_not_pay_for_itself_may_pay_for_the_stages_above() -> None:

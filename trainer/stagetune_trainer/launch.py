@@ -7,7 +7,9 @@ first one writes to the volume and reports (`ranks`).
 """
 
 import contextlib
+import math
 import os
+import signal
 import socket
 import sys
 import tempfile
@@ -15,6 +17,7 @@ import threading
 import time
 import uuid
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -35,9 +38,21 @@ RANK_VARIABLE = "RANK"
 """Set by torchrun's launcher in the processes that it starts, and in no other."""
 _SHUTDOWN_SECONDS = 30
 """Left to the other processes when one has failed; they have nothing to save without it."""
+_NOTICE_SECONDS = 5.0
+"""Within these the launcher has noticed a death; those that it brings about come later."""
 _POLL_SECONDS = 0.1
 _MEETING_SECONDS = 1800
 """So long the first pods of a stage wait for the last one."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Death:
+    """The end of a process as the launcher saw it."""
+
+    code: int
+    """Exit code, negative for a signal."""
+    when: float
+    """Unix time, in whole seconds."""
 
 
 class Stop(Protocol):
@@ -91,11 +106,19 @@ def run_processes(
         arguments = ["-m", "stagetune_trainer", "--stop-with-parent", str(stage_file)]
         if metrics_port is not None:
             arguments.append(f"--metrics-port={metrics_port}")
-        deaths: dict[int, int] = {}
+        deaths: dict[int, _Death] = {}
         try:
             elastic_launch(settings, sys.executable)(*arguments)
         except ChildFailedError as error:
-            deaths = {rank: failure.exitcode for rank, failure in error.failures.items()}
+            deaths = {
+                rank: _Death(code=failure.exitcode, when=failure.timestamp)
+                for rank, failure in error.failures.items()
+            }
+        except Exception as error:
+            # Whatever the launcher makes of a stop while the processes still meet.
+            if stop.requested:
+                raise KeyboardInterrupt from error
+            raise
         report = _judge(config, plan, _read_outcomes(Path(folder)), deaths)
     code = report.failure.exit_code if report.failure is not None else TrainerExitCode.SUCCEEDED
     return report, TrainerExitCode(code)
@@ -189,18 +212,19 @@ def _judge(
     config: StageConfig,
     plan: EnginePlan,
     outcomes: Mapping[int, tuple[float, StageReport]],
-    deaths: Mapping[int, int],
+    deaths: Mapping[int, _Death],
 ) -> StageReport:
     """Return the report of the stage: the first process's here, unless another one is to blame.
 
-    Who died without a word is to blame before all others, since they only lost their connection to
-    it; then whoever failed first.
+    Who died without a word is to blame before those that only lost their connection to it; else
+    whoever failed first. The launcher ends the others of one that failed, those that do not listen
+    half a minute later, and what they die of tells nothing.
     """
-    for rank, code in sorted(deaths.items()):
-        # Those that the launcher ended had no time for a word either.
-        if rank not in outcomes and code != -15:
-            return _write(config, _died(config, plan, rank, code))
     failed = [(when, rank) for rank, (when, report) in outcomes.items() if report.failure]
+    latest = min(failed)[0] + _NOTICE_SECONDS if failed else math.inf
+    for rank, death in sorted(deaths.items()):
+        if rank not in outcomes and death.code != -signal.SIGTERM and death.when <= latest:
+            return _write(config, _died(config, plan, rank, death.code))
     first = outcomes[0][1] if 0 in outcomes else None
     rank = min(failed)[1] if failed else min(outcomes)
     report = outcomes[rank][1]

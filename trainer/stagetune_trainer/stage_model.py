@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from stagetune_api import names
+from stagetune_api.artifact import ArtifactError
 from stagetune_api.stage import PlannedStage, StageConfig
 from stagetune_trainer.base_check import check_base
 from stagetune_trainer.checkpoint import Fence
@@ -33,6 +34,7 @@ from stagetune_trainer.prefix.cache import CachedRows, PrefixCache
 from stagetune_trainer.prefix.states import CachedStates, ComputedStates, PrefixStates
 from stagetune_trainer.prefix.window import LayerWindow, WindowError
 from stagetune_trainer.protect.protection import Protection
+from stagetune_trainer.ranks import Ranks
 from stagetune_trainer.tail_model import drop_below, is_whole, lowest_loaded
 
 
@@ -62,6 +64,18 @@ class StageModel:
     def lowest_loaded(self) -> int:
         """The lowest layer that has weights."""
         return lowest_loaded(self.decoder)
+
+
+def agree_on_border(model: StageModel, config: StageConfig, ranks: Ranks) -> None:
+    """See to it that the passes of all processes begin at the same layer.
+
+    One that could not read the prefix cache has the whole decoder, and would wait in collectives
+    for passes that the others do not make. Raises ArtifactError in all of them.
+    """
+    own = [float(model.lowest_loaded), float(model.prefix is not None)]
+    if ranks.any(own != ranks.of_first(own)):
+        cache = names.RunLayout(Path(config.run_directory)).cache
+        raise ArtifactError(cache, "some processes of the stage could read it and others could not")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -26,10 +26,13 @@ from stagetune_trainer.protect.meters import Meters
 from stagetune_trainer.protect.protection import Protection
 from stagetune_trainer.ranks import ALONE, Ranks
 from stagetune_trainer.stage_folder import StageFolder
-from stagetune_trainer.stage_model import StageModel, StageModelLoader
+from stagetune_trainer.stage_model import StageModel, StageModelLoader, agree_on_border
 from stagetune_trainer.start_clock import StartClock
 from stagetune_trainer.training_state import HeldTensors, TrainingState, WholeTensors
 from stagetune_trainer.update import Update, make_update
+
+READ_AHEAD_BYTES = 2**28
+"""So many bytes of hidden states, about, are read for a step before it begins."""
 
 
 def train_stage(
@@ -65,6 +68,7 @@ def train_stage(
     )
     with ranks.first_goes_ahead():
         model = loader.load()
+    agree_on_border(model, config, ranks)
     decoder = model.decoder
     if config.training.packing:
         check_packing(decoder, model.window, model.lowest_loaded)
@@ -136,9 +140,19 @@ def _publish(
 
 
 def _read_ahead(batches: Sequence[Batch], model: StageModel, ranks: Ranks) -> list[Batch]:
-    """Return `batches`, those that this process computes with what their passes begin with."""
+    """Return `batches`, those that this process computes with what their passes begin with.
+
+    Of a step with many micro-batches the first ones: the others' states are read at their turn.
+    """
     own = {id(batch) for batch, _ in ranks.deal(batches)}
-    return [model.read_ahead(batch) if id(batch) in own else batch for batch in batches]
+    left = READ_AHEAD_BYTES
+    found = []
+    for batch in batches:
+        if id(batch) in own and left > 0:
+            batch = model.read_ahead(batch)
+            left -= batch.states.nbytes if batch.states is not None else 0
+        found.append(batch)
+    return found
 
 
 def _measure_base(

@@ -26,18 +26,20 @@ def micro_batches(
     *,
     size: int,
     packing: bool = False,
+    num_processes: int = 1,
     split: Split = Split.TRAIN,
 ) -> list[Batch]:
     """Return the rows of a step in micro-batches of `size` sequences, the longest ones first.
 
     A sequence holds one row, or with `packing` several, up to the length of the longest of all
-    `rows`. How a step is split changes padding and rounding, and not its gradient.
+    `rows`, and no fewer sequences than keep `num_processes` busy. How a step is split changes
+    padding and rounding, and not its gradient.
     """
     ordered = _longest_first(rows, indices)
     sequences: Sequence[Sequence[int]] = [[index] for index in ordered]
     if packing:
         lengths = [int(rows.lengths[index]) for index in ordered]
-        packed = pack(lengths, capacity=int(rows.lengths.max()), at_once=size)
+        packed = pack(lengths, capacity=int(rows.lengths.max()), at_once=size * num_processes)
         sequences = [[ordered[place] for place in sequence] for sequence in packed]
     batches = []
     for start in range(0, len(sequences), size):
@@ -67,6 +69,7 @@ class TrainingRows:
         micro_batch_size: int,
         group_by_length: bool = False,
         packing: bool = False,
+        num_processes: int = 1,
     ) -> None:
         """Take the stage's part of `rows`: its range of the training set's one shuffled order.
 
@@ -85,6 +88,7 @@ class TrainingRows:
         self._micro_batch_size = micro_batch_size
         self._group_by_length = group_by_length
         self._packing = packing
+        self._num_processes = num_processes
         self._epoch: tuple[int, list[NDArray[np.int64]]] | None = None
 
     @property
@@ -106,8 +110,13 @@ class TrainingRows:
     def micro_batches(self, step: int) -> list[Batch]:
         """Return the micro-batches of step `step`."""
         indices = self.batch_indices(step)
-        size = self._micro_batch_size
-        return micro_batches(self._rows, indices, size=size, packing=self._packing)
+        return micro_batches(
+            self._rows,
+            indices,
+            size=self._micro_batch_size,
+            packing=self._packing,
+            num_processes=self._num_processes,
+        )
 
     def _batches_of(self, epoch: int) -> list[NDArray[np.int64]]:
         key = (self._stage_index, epoch)
@@ -156,6 +165,7 @@ def open_training_rows(config: StageConfig, stage: PlannedStage) -> TrainingRows
         micro_batch_size=config.training.micro_batch_size,
         group_by_length=config.training.group_by_length,
         packing=config.training.packing,
+        num_processes=config.engine.num_processes if config.engine is not None else 1,
     )
 
 

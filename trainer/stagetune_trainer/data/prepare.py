@@ -303,6 +303,7 @@ def _data_facts(report: DataReport, digest: str) -> DataFacts:
     train: SplitReport = report.splits[Split.TRAIN.value]
     validation = report.splits[Split.VALIDATION.value]
     replay = report.splits.get(Split.REPLAY.value)
+    general = report.splits.get(Split.GENERAL.value)
     return DataFacts(
         train_rows=train.rows,
         validation_rows=validation.rows,
@@ -313,5 +314,6 @@ def _data_facts(report: DataReport, digest: str) -> DataFacts:
         ),
         replay_rows=replay.rows if replay else 0,
         replay_tokens=replay.tokens if replay else 0,
+        max_general_tokens=general.max_tokens if general else 0,
         digest=digest,
     )
