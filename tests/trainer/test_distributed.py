@@ -6,11 +6,12 @@ Real processes over gloo, started as in a pod. Each test ends by itself or by it
 import importlib.metadata
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -37,26 +38,45 @@ ROUNDING = {"rtol": 0.0, "atol": 2e-5}
 ZERO2 = {"processesPerNode": 2, "zeroStage": 2}
 ZERO3 = {"processesPerNode": 2, "zeroStage": 3}
 THREE = {"processesPerNode": 3, "zeroStage": 3}
+EXPAND = {"type": "Expand", "expand": {"layersPerBlock": 1}}
+EVERYTHING = {
+    "distillation": {"weight": 0.5, "topK": 32},
+    "anchor": {"weight": 0.1},
+    "replay": {"ratio": 0.5, "generated": {"tokens": 400}},
+}
 
 
 class Ended(NamedTuple):
     code: int
     report: StageReport
     weights: dict[str, torch.Tensor]
+    losses: list[dict[str, float]]
+    """All terms of every step's loss."""
     log: str
 
 
 class Stage:
-    """A stage of the middle layers of a tiny model, in a run of its own by name."""
+    """A stage of a tiny model, of its middle layers unless told; the next one after a `chain`."""
 
     def __init__(self, root: Path, later: MakeConfig, make_stage: Callable[..., Any]) -> None:
         self._root = root
         self._later = later
         self._make_stage = make_stage
 
-    def config(self, engine: Any = None, *, steps: int = 8, **fields: Any) -> StageConfig:
-        stage = self._make_stage(0, 1, 2, steps=steps, validationInterval=4, epochs=steps / 8)
-        return self._later("Train", stage=stage, engine=engine, **fields)
+    def config(
+        self,
+        engine: Any = None,
+        *,
+        layers: tuple[int, int] = (1, 2),
+        chain: Sequence[StageReport] = (),
+        cached: bool = False,
+        steps: int = 8,
+        **fields: Any,
+    ) -> StageConfig:
+        numbers = {"steps": steps, "validationInterval": 4, "epochs": steps / 8}
+        cache = {"prefixCache": {"used": True, "reason": "asked for"}} if cached else {}
+        stage = self._make_stage(len(chain), *layers, **numbers, **cache)
+        return self._later("Train", stage=stage, chain=chain, engine=engine, **fields)
 
     def alone(self, config: StageConfig, stop: Any = None) -> Ended:
         """Train in this process."""
@@ -96,10 +116,17 @@ class Stage:
         return self.wait(self.start(config))
 
     def _ended(self, code: int, report: StageReport, log: str) -> Ended:
-        weights = {}
-        if report.output is not None:
-            weights = load_file(Path(report.output.path) / names.WEIGHTS_FILE)
-        return Ended(code, report, weights, log)
+        if report.output is None:
+            return Ended(code, report, {}, [], log)
+        output = Path(report.output.path)
+        weights = load_file(output / names.WEIGHTS_FILE)
+        return Ended(code, report, weights, losses(output.parent / names.METRICS_FILE), log)
+
+
+def losses(metrics: Path) -> list[dict[str, float]]:
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    steps = [line for line in lines if line["kind"] == "Step"]
+    return [line.get("losses", {"answers": line["loss"]}) for line in steps]
 
 
 @pytest.fixture
@@ -112,6 +139,8 @@ def stage(
 def assert_trained_alike(shared: Ended, alone: Ended) -> None:
     assert shared.report.failure is None, shared.log[-4000:]
     assert shared.code == TrainerExitCode.SUCCEEDED
+    for step, (terms, those) in enumerate(zip(shared.losses, alone.losses, strict=True)):
+        assert terms == pytest.approx(those, abs=2e-5), f"step {step}"
     assert shared.weights.keys() == alone.weights.keys()
     for name, expected in alone.weights.items():
         torch.testing.assert_close(shared.weights[name], expected, **ROUNDING, msg=name)
@@ -134,13 +163,22 @@ def removed(run: Path) -> None:
     [
         (ZERO2, {}),
         (ZERO3, {}),
+        (ZERO2, {"method": EXPAND}),
+        (ZERO3, {"method": EXPAND}),
         ({**ZERO2, "offload": "Optimizer"}, {"method": {"type": "LoRA", "lora": {"rank": 4}}}),
         (
             {**ZERO3, "offload": "OptimizerAndParameters"},
             {"method": {"type": "LoRA", "lora": {"rank": 4}}},
         ),
     ],
-    ids=["zero2-full", "zero3-full", "zero2-lora-offload", "zero3-lora-offload"],
+    ids=[
+        "zero2-full",
+        "zero3-full",
+        "zero2-expand",
+        "zero3-expand",
+        "zero2-lora-offload",
+        "zero3-lora-offload",
+    ],
 )
 def test_two_processes_train_what_one_does(
     engine: Any, fields: Any, stage: Stage, tmp_path: Path
@@ -149,6 +187,31 @@ def test_two_processes_train_what_one_does(
     alone = stage.alone(stage.config(**training, **fields))
     removed(tmp_path / "run")
     assert_trained_alike(stage.together(stage.config(engine, **training, **fields)), alone)
+
+
+@pytest.mark.parametrize("engine", [ZERO2, ZERO3], ids=["zero2", "zero3"])
+def test_two_processes_protect_a_stage_above_a_cache_as_one_does(
+    engine: Any, stage: Stage, tmp_path: Path
+) -> None:
+    """Three micro-batches of a step are its own and two are replayed.
+
+    So once the processes have one of each kind, and once both compute the same.
+    """
+    training = {"batchSize": 3, "microBatchSize": 1}
+    fields: dict[str, Any] = {"training": training, "protection": EVERYTHING}
+    below = stage.alone(stage.config(layers=(0, 0), **fields)).report
+    later: dict[str, Any] = {"chain": [below], "cached": True, **fields}
+    alone = stage.alone(stage.config(**later))
+    cache = tmp_path / "run" / "cache"
+    shutil.rmtree(cache)
+    shutil.rmtree(tmp_path / "run" / "stages" / "02-layers-1-2")
+    assert_trained_alike(stage.together(stage.config(engine, **later)), alone)
+    assert alone.losses[0].keys() == {"answers", "distillation", "anchor", "replay"}
+    assert {path.name for path in cache.iterdir()} == {
+        "prefix-1",
+        "teacher-train",
+        "teacher-validation",
+    }
 
 
 def test_launchers_of_two_pods_train_together(stage: Stage, tmp_path: Path) -> None:

@@ -231,6 +231,7 @@ def weights(report: StageReport) -> dict[str, Tensor]:
 VARIANTS: dict[str, dict[str, Any]] = {
     "full": {},
     "lora": {"method": {"type": "LoRA", "lora": {"rank": 2}}},
+    "4 bits": {"method": {"type": "QLoRA", "lora": {"rank": 2}}},
     "added blocks": {"method": {"type": "Expand", "expand": {"layersPerBlock": 1}}},
     "protected": {
         "protection": {

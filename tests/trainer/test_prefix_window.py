@@ -238,3 +238,21 @@ def test_layers_that_return_more_than_a_tensor_are_not_cut(make_tiny_model: Make
     decoder.layers[1].forward = returns_a_tuple  # type: ignore[method-assign]
     with pytest.raises(WindowError, match="LlamaDecoderLayer returns more"):
         LayerWindow(decoder).run(some_tokens(), stop=2)
+
+
+def test_states_are_known_again_in_another_tensor_and_changed_ones_are_refused(
+    make_tiny_model: MakeModel,
+) -> None:
+    """As DeepSpeed's hooks hand them to a layer, and as a family that rescales them would."""
+    decoder = find_decoder(load(make_tiny_model("llama")))
+    tokens = some_tokens()
+    expected = hidden(decoder, tokens)
+    window = LayerWindow(decoder)
+    states = window.run(tokens, stop=2)
+    hook = decoder.layers[2].register_forward_pre_hook(lambda _, given: (given[0].detach(),))
+    with window.above(2, states):
+        assert torch.equal(hidden(decoder, tokens), expected)
+    hook.remove()
+    decoder.layers[2].register_forward_pre_hook(lambda _, given: (2 * given[0],))
+    with window.above(2, states), pytest.raises(WindowError, match="layer 2 is not given"):
+        hidden(decoder, tokens)

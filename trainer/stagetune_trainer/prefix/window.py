@@ -89,6 +89,11 @@ class LayerWindow:
         finally:
             self._start, self._stop, self._states = before
 
+    def _is_given(self, hidden: Tensor) -> bool:
+        """Whether `hidden` are the states that the pass begins with."""
+        # By memory: DeepSpeed hands them on as another tensor.
+        return self._states is not None and hidden.is_set_to(self._states)
+
     def _embed(self, forward: Callable[..., Any]) -> Callable[..., Any]:
         def embed(*args: Any, **kwargs: Any) -> Any:
             # Of the right shape and type; what the model makes of them is thrown away.
@@ -103,7 +108,7 @@ class LayerWindow:
                 return self._states
             if index >= self._stop:
                 return hidden
-            if index == self._start > 0 and hidden is not self._states:
+            if index == self._start > 0 and not self._is_given(hidden):
                 raise WindowError(f"layer {index} is not given what the layer below it returned")
             output = forward(*args, **kwargs)
             if index == self._stop - 1 and self._stop < self._decoder.num_layers:
