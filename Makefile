@@ -7,7 +7,7 @@ PYTHON ?= python3
 UV := $(or $(shell command -v uv 2>/dev/null),$(CACHE)/uv-$(UV_VERSION)/bin/uv)
 RUN := $(UV) run --frozen --no-sync
 
-.PHONY: help setup quickstart test cluster-up cluster-down cluster-demo lint crds manifests images bench-batching bench-flops bench-handover bench-memory bench-operator bench-quality bench-staging clean
+.PHONY: help setup quickstart test cluster-up cluster-down cluster-demo lint crds manifests images bench-batching bench-compile bench-flops bench-handover bench-memory bench-operator bench-quality bench-staging clean
 
 help:  ## Show these commands
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*##/ \t/' | expand -t 16
@@ -77,6 +77,9 @@ images:  ## Build both images; IMAGE_PREFIX, TAG, BASE_IMAGE, CA_BUNDLE and BUIL
 # ARGS: --rounds 1
 bench-batching: setup  ## Measure batches of like length, packing and batches made ahead
 	$(RUN) python benchmarks/batching.py $(ARGS)
+
+bench-compile: setup  ## Measure what torch.compile gains in a stage's steps, and what it costs
+	$(RUN) python benchmarks/compiling.py
 
 bench-flops: setup  ## Count the FLOPs of a stage's step relative to full fine-tuning
 	$(RUN) python benchmarks/stage_flops.py

@@ -84,11 +84,6 @@ ARMS = (
     Arm(name=REFERENCE, title="as by default", edits={}),
     Arm(name="grouped", title="`groupByLength`", edits={"training.groupByLength": True}),
     Arm(name="packed", title="`packing`", edits={"training.packing": True}),
-    Arm(
-        name="grouped-packed",
-        title="both",
-        edits={"training.groupByLength": True, "training.packing": True},
-    ),
     Arm(name="in-turn", title="batches made when they are needed", edits={}, program=IN_TURN),
 )
 

@@ -126,7 +126,11 @@ class Stage:
 def losses(metrics: Path) -> list[dict[str, float]]:
     lines = [json.loads(line) for line in metrics.read_text().splitlines()]
     steps = [line for line in lines if line["kind"] == "Step"]
-    return [line.get("losses", {"answers": line["loss"]}) for line in steps]
+    # AdamW undoes a wrong scale of gradients; their norm shows it.
+    return [
+        {**line.get("losses", {"answers": line["loss"]}), "gradNorm": line["gradNorm"]}
+        for line in steps
+    ]
 
 
 @pytest.fixture
@@ -140,7 +144,7 @@ def assert_trained_alike(shared: Ended, alone: Ended) -> None:
     assert shared.report.failure is None, shared.log[-4000:]
     assert shared.code == TrainerExitCode.SUCCEEDED
     for step, (terms, those) in enumerate(zip(shared.losses, alone.losses, strict=True)):
-        assert terms == pytest.approx(those, abs=2e-5), f"step {step}"
+        assert terms == pytest.approx(those, abs=2e-5, rel=1e-5), f"step {step}"
     assert shared.weights.keys() == alone.weights.keys()
     for name, expected in alone.weights.items():
         torch.testing.assert_close(shared.weights[name], expected, **ROUNDING, msg=name)
@@ -206,7 +210,7 @@ def test_two_processes_protect_a_stage_above_a_cache_as_one_does(
     shutil.rmtree(cache)
     shutil.rmtree(tmp_path / "run" / "stages" / "02-layers-1-2")
     assert_trained_alike(stage.together(stage.config(engine, **later)), alone)
-    assert alone.losses[0].keys() == {"answers", "distillation", "anchor", "replay"}
+    assert alone.losses[0].keys() == {"answers", "distillation", "anchor", "replay", "gradNorm"}
     assert {path.name for path in cache.iterdir()} == {
         "prefix-1",
         "teacher-train",
