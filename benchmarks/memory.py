@@ -59,9 +59,14 @@ def main() -> None:
             results.append(measure(arm, work))
             for line in _lines(results[-1]):
                 print(line, flush=True)
+    if wanted is not None and options.output.exists():
+        # What is not measured now stays.
+        known = json.loads(options.output.read_text(encoding="utf-8"))["arms"]
+        by_name = {arm["name"]: arm for arm in (*known, *results)}
+        results = [by_name[arm.name] for arm in ARMS if arm.name in by_name]
     summary = _summary(results)
     options.output.write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-    if wanted is None and options.output == RESULT:
+    if options.output == RESULT:
         write_table(PAGE, summary)
 
 

@@ -1,5 +1,6 @@
 """The memory that a process holds: how much it was at most, and giving back what is free."""
 
+import contextlib
 import ctypes
 import gc
 import resource
@@ -10,6 +11,9 @@ from pathlib import Path
 import torch
 
 _BYTES_PER_MAXRSS = 1024  # Linux reports ru_maxrss in KiB
+
+_M_MMAP_THRESHOLD = -3
+"""Of malloc.h."""
 
 
 def peak_memory_bytes(device: torch.device) -> int:
@@ -38,6 +42,16 @@ def release_memory() -> None:
     gc.collect()
     torch.cuda.empty_cache()
     _heap_trimmer()()
+
+
+def give_back_at_once() -> None:
+    """Have glibc take memory of 64 KiB and more from the kernel and give it back when it is freed.
+
+    For work that makes and frees tensors of all sizes without end: in its heap they leave gaps that
+    later ones do not fit into. Another C library is left as it is.
+    """
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, 1 << 16)
 
 
 @cache
