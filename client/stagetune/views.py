@@ -2,6 +2,7 @@
 
 import io
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from pydantic import BaseModel
@@ -15,6 +16,9 @@ from stagetune_api.problems import Problem
 from stagetune_api.status import StagedFineTuneStatus, format_duration
 from stagetune_operator.gradient_groups import GradientPlan
 from stagetune_operator.plan import Plan
+
+MUCH_PADDING = 0.25
+"""Part of the positions of a stage's steps from which on padding is worth a word."""
 
 
 def print_model(console: Console, model: BaseModel, output: str) -> None:
@@ -154,6 +158,9 @@ def print_report(console: Console, report: RunReport) -> None:
         highlight=False,
         soft_wrap=True,
     )
+    hint = padding_hint(report.stages)
+    if hint is not None:
+        console.print(hint, highlight=False, soft_wrap=True)
     if report.averaging is not None:
         console.print(
             f"The exported weights are {report.averaging.chosen:g} tuned and the rest the base's, "
@@ -162,6 +169,17 @@ def print_report(console: Console, report: RunReport) -> None:
             soft_wrap=True,
         )
     console.print(f"Exported to {report.export}", markup=False, highlight=False, soft_wrap=True)
+
+
+def padding_hint(stages: Sequence[StageSummary]) -> str | None:
+    """Return what would be cheaper where much of a stage was padding; None where little was."""
+    most = max((stage.padding_fraction or 0.0 for stage in stages), default=0.0)
+    if most < MUCH_PADDING:
+        return None
+    return (
+        f"{most:.0%} of what a stage computed was padding: rows differ much in length. "
+        "spec.training.packing: true computes less of it, with the same rows in each step."
+    )
 
 
 def _scores_table(report: RunReport) -> Table:
