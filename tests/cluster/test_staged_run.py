@@ -162,6 +162,22 @@ def test_run_exports_what_the_local_run_exports(
     assert (kept / "stages" / "01-layers-0-1" / "output" / "manifest.json").exists()
 
 
+def test_pod_that_stands_by_takes_over_and_changes_no_bit(
+    staged: StagedCluster, inputs: str, expected: dict[str, str]
+) -> None:
+    manifest = on_cluster(tiny_manifest("standby", inputs))
+    # The node has one GPU, and two pods are there at once.
+    del manifest["spec"]["runtime"]["resources"]["limits"]["nvidia.com/gpu"]
+    staged.apply(manifest)
+    status = staged.await_status("standby", is_done, what="end", seconds=RUN_SECONDS)
+    assert digests_of_weights(staged.folder("standby") / "export") == expected
+    (first,) = staged.pods("standby", "01-layers-0-1")
+    (second,) = staged.pods("standby", "02-layers-2-3")
+    state = first["status"]["containerStatuses"][0]["state"]["terminated"]
+    assert second["metadata"]["creationTimestamp"] < state["finishedAt"]
+    assert [stage["attempts"] for stage in status["stages"]] == [1, 1]
+
+
 def test_pods_are_restricted_and_hold_one_token_for_progress_alone(
     staged: StagedCluster, inputs: str
 ) -> None:
