@@ -13,9 +13,11 @@ from safetensors.torch import load_file
 from stagetune_api import names
 from stagetune_api.artifact import verify_artifact
 from stagetune_api.names import TrainerExitCode
+from stagetune_api.progress import Progress, ProgressKind
 from stagetune_api.report import FailureClass, Outcome, StageReport
-from stagetune_api.stage import StageConfig
+from stagetune_api.stage import StageConfig, Task
 from stagetune_trainer.loss import OutputHead
+from stagetune_trainer.metrics import HistoryFile
 from stagetune_trainer.run import run_task
 from stop_requests import AfterChecks, NeverAsked
 
@@ -176,6 +178,35 @@ def test_resumed_history_has_every_step_once(run_stage: RunStage, tmp_path: Path
         json.loads(line)["step"] for line in history.read_text().splitlines() if '"Step"' in line
     ]
     assert steps == list(range(1, 9))
+
+
+@pytest.mark.parametrize(("validated", "validations"), [(0, [0]), (4, [0, 4])])
+def test_history_keeps_the_validations_that_the_checkpoint_knows_of(
+    validated: int, validations: list[int], tmp_path: Path
+) -> None:
+    history = HistoryFile(tmp_path / names.METRICS_FILE, before_write=lambda: None)
+
+    def write(kind: ProgressKind, step: int) -> None:
+        progress = Progress(
+            kind=kind, task=Task.TRAIN, name="x", attempt=1, time="2026-01-01T00:00:00Z", step=step
+        )
+        history.write(progress)
+
+    write(ProgressKind.VALIDATION, 0)
+    for step in range(1, 5):
+        write(ProgressKind.STEP, step)
+    # As a checkpoint at an interval is: before the validation of its step.
+    write(ProgressKind.CHECKPOINT, 4)
+    write(ProgressKind.VALIDATION, 4)
+    write(ProgressKind.STEP, 5)
+    history.forget_after(4, validated)
+    lines = [
+        Progress.model_validate_json(line)
+        for line in (tmp_path / names.METRICS_FILE).read_text().splitlines()
+    ]
+    assert [line.step for line in lines if line.kind is ProgressKind.VALIDATION] == validations
+    assert [line.step for line in lines if line.kind is ProgressKind.STEP] == [1, 2, 3, 4]
+    assert [line.step for line in lines if line.kind is ProgressKind.CHECKPOINT] == [4]
 
 
 def test_damaged_checkpoint_is_not_used_and_the_one_before_is(

@@ -25,8 +25,12 @@ class ProgressSink:
     def write(self, progress: Progress) -> None:
         """Take over a line."""
 
-    def forget_after(self, step: int) -> None:
-        """Drop lines beyond `step`, which a killed attempt wrote and this one will write again."""
+    def forget_after(self, step: int, validated_step: int) -> None:
+        """Drop lines beyond `step`, which a killed attempt wrote and this one will write again.
+
+        Of validations those beyond `validated_step`: a checkpoint is often written before the one
+        of its own step.
+        """
 
     def close(self, report: StageReport) -> None:
         """Take notice of how the task ended; nothing follows."""
@@ -60,8 +64,8 @@ class HistoryFile(ProgressSink):
         with self._path.open("a", encoding="utf-8") as file:
             file.write(_json_of(progress))
 
-    def forget_after(self, step: int) -> None:
-        """Drop lines beyond `step`."""
+    def forget_after(self, step: int, validated_step: int) -> None:
+        """Drop what will be written again."""
         self._before_write()
         if not self._path.exists():
             return
@@ -70,9 +74,13 @@ class HistoryFile(ProgressSink):
             # The last line of a killed process may be cut off anywhere.
             with contextlib.suppress(ValidationError):
                 progress = Progress.model_validate_json(line)
-                said = progress.step or 0
-                # Meters are no part of a checkpoint: those of this step will be read again.
-                if said < step or (said == step and progress.kind is not ProgressKind.METERS):
+                last = step
+                if progress.kind is ProgressKind.METERS:
+                    # They are no part of a checkpoint: those of this step will be read again.
+                    last = step - 1
+                elif progress.kind is ProgressKind.VALIDATION:
+                    last = validated_step
+                if (progress.step or 0) <= last:
                     kept.append(line + "\n")
         write_file_atomically(self._path, "".join(kept))
 
@@ -110,10 +118,10 @@ class ProgressLog:
         for sink in self._sinks:
             sink.write(progress)
 
-    def forget_after(self, step: int) -> None:
-        """Drop lines beyond `step`, which a killed attempt wrote and this one will write again."""
+    def forget_after(self, step: int, validated_step: int) -> None:
+        """Drop lines of a killed attempt that this one will write again."""
         for sink in self._sinks:
-            sink.forget_after(step)
+            sink.forget_after(step, validated_step)
 
     def close(self, report: StageReport) -> None:
         """Tell every sink how the task ended."""

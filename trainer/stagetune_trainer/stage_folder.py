@@ -118,7 +118,7 @@ class StageFolder:
                 validation_loss=state.loop.validation_loss,
                 checkpoint=CheckpointRef(path=path, digest=digest, step=step),
             )
-        self.log.forget_after(state.loop.step)
+        self.log.forget_after(state.loop.step, state.loop.validated_step)
 
     def _newest_checkpoint(self) -> tuple[str, str]:
         """Return path and digest of the newest sound one; empty where there is none, or to readers.
