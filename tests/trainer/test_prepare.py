@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -326,6 +327,32 @@ def test_validation_rows_hold_what_an_evaluation_asks(
         assert question.prompt_ids == tokenizer.apply_chat_template(
             messages[:1], add_generation_prompt=True, return_dict=False
         )
+
+
+def test_rows_are_checked_once_and_again_when_a_file_was_touched(
+    make_stage_config: MakeConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_stage_config()
+    later = _after(config, prepare(config))
+    checked = []
+
+    def count(directory: Path, **asked: Any) -> Any:
+        checked.append(directory)
+        return verify_artifact(directory, **asked)
+
+    monkeypatch.setattr("stagetune_trainer.data.batches.verify_artifact", count)
+    for _ in range(3):
+        open_validation_rows(later)
+    assert len(checked) == 1
+    path = checked[0] / "validation" / "rows.arrow"
+    times = path.stat().st_atime_ns, path.stat().st_mtime_ns
+    content = bytearray(path.read_bytes())
+    content[-20] ^= 1
+    path.write_bytes(content)
+    # Whoever puts the time back has touched it all the same.
+    os.utime(path, ns=times)
+    with pytest.raises(ArtifactError, match=r"rows\.arrow: is damaged"):
+        open_validation_rows(later)
 
 
 def test_rows_open_only_with_the_digest_of_the_plan(make_stage_config: MakeConfig) -> None:

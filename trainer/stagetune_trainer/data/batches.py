@@ -19,6 +19,9 @@ from stagetune_trainer.data.order import Purpose, batches_by_length, cut, permut
 from stagetune_trainer.data.packing import pack
 from stagetune_trainer.data.store import DATA_DIRECTORY, RowReader, Split, rows_path
 
+_verified: dict[tuple[Path, str | None], list[tuple[str, int, int, int, int]]] = {}
+"""By folder and digest, what the files were when their bytes were checked."""
+
 
 def micro_batches(
     rows: RowReader,
@@ -221,8 +224,23 @@ def _open_fixed(config: StageConfig, split: Split) -> FixedRows:
 
 def _open(config: StageConfig, split: Split) -> RowReader:
     directory = names.RunLayout(Path(config.run_directory)).prepare / DATA_DIRECTORY
-    verify_artifact(directory, digest=config.data_digest, kind=ArtifactKind.DATASET)
+    _verify(directory, config.data_digest)
     return RowReader(rows_path(directory, split))
+
+
+def _verify(directory: Path, digest: str | None) -> None:
+    """Check every byte of the rows, unless this process did and no file was touched since.
+
+    A stage opens them many times, and they may be as large as a model.
+    """
+    marks = [
+        (str(path), found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns)
+        for path in sorted(directory.rglob("*"))
+        for found in [path.stat()]
+    ]
+    if _verified.get((directory, digest)) != marks:
+        verify_artifact(directory, digest=digest, kind=ArtifactKind.DATASET)
+        _verified[directory, digest] = marks
 
 
 def _longest_first(rows: RowReader, indices: Sequence[int]) -> list[int]:
