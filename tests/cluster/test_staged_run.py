@@ -163,9 +163,15 @@ def test_run_exports_what_the_local_run_exports(
 
 
 def test_pod_that_stands_by_takes_over_and_changes_no_bit(
-    staged: StagedCluster, inputs: str, expected: dict[str, str]
+    staged: StagedCluster, inputs: str, workspace: Path, tmp_path: Path
 ) -> None:
+    # Its pod has to be there before the first stage ends, on a fast machine too.
+    longer = {"stageCount": 2, "epochsPerStage": 3 * STAGE_EPOCHS}
+    local = tiny_manifest("local", f"file://{workspace}")
+    local["spec"]["schedule"] = longer
+    expected = run_locally(local, tmp_path, RUN_SECONDS)
     manifest = on_cluster(tiny_manifest("standby", inputs))
+    manifest["spec"]["schedule"] = longer
     # The node has one GPU, and two pods are there at once.
     del manifest["spec"]["runtime"]["resources"]["limits"]["nvidia.com/gpu"]
     staged.apply(manifest)
