@@ -19,14 +19,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
+from stage_flops import NUM_LAYERS, build_model
 from stagetune_trainer.decoder import find_decoder, freeze_prefix
 from stagetune_trainer.loss import AnswerLoss
 from stagetune_trainer.prefix.window import LayerWindow
 
 RESULT = Path(__file__).resolve().parent / "results" / "compiling.json"
-NUM_LAYERS, FIRST = 30, 20
+FIRST = 20
 SHAPES = ((8, 48), (4, 512))
 """Rows and tokens of each: the quick start's, and longer ones."""
 ANSWERS = 5
@@ -94,18 +94,7 @@ def measure(rows: int, tokens: int) -> dict[str, Any]:
 
 def build_step(rows: int, tokens: int, *, compiled: bool = False) -> Step:
     """Return a stage's optimizer step, which returns the loss that it began with."""
-    config = LlamaConfig(
-        vocab_size=49152,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=NUM_LAYERS,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        tie_word_embeddings=True,
-    )
-    torch.manual_seed(0)
-    model = LlamaForCausalLM(config)
-    model.requires_grad_(False)
+    model = build_model()
     decoder = find_decoder(model)
     loss = AnswerLoss(decoder)
     for layer in decoder.layers[FIRST:]:
@@ -117,10 +106,10 @@ def build_step(rows: int, tokens: int, *, compiled: bool = False) -> Step:
     model.train()
     freeze_prefix(decoder, FIRST, embeddings_train=False)
     window = LayerWindow(decoder)
-    input_ids = torch.randint(0, config.vocab_size, (rows, tokens))
+    input_ids = torch.randint(0, model.config.vocab_size, (rows, tokens))
     labels = torch.full_like(input_ids, -100)
     labels[:, -ANSWERS:] = input_ids[:, -ANSWERS:]
-    states = torch.randn(rows, tokens, config.hidden_size)
+    states = torch.randn(rows, tokens, model.config.hidden_size)
 
     def step() -> float:
         with window.above(FIRST, states):

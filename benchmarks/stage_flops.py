@@ -41,10 +41,8 @@ NOTHING = StageEstimate(
 )
 
 
-def count_step(
-    first: int, last: int, *, embeddings: bool, checkpointing: bool, cached: bool = False
-) -> int:
-    """Return the FLOPs of one forward and backward pass of a stage; cached, from its border up."""
+def build_model() -> LlamaForCausalLM:
+    """Return a frozen model of SmolLM2-135M's shape with random weights."""
     config = LlamaConfig(
         vocab_size=49152,
         hidden_size=576,
@@ -57,6 +55,14 @@ def count_step(
     torch.manual_seed(0)
     model = LlamaForCausalLM(config)
     model.requires_grad_(False)
+    return model
+
+
+def count_step(
+    first: int, last: int, *, embeddings: bool, checkpointing: bool, cached: bool = False
+) -> int:
+    """Return the FLOPs of one forward and backward pass of a stage; cached, from its border up."""
+    model = build_model()
     decoder = find_decoder(model)
     loss = AnswerLoss(decoder)
     stage = PlannedStage(
@@ -78,12 +84,12 @@ def count_step(
     if checkpointing:
         checkpoint_activations(decoder, first)
     freeze_prefix(decoder, first, embeddings_train=embeddings)
-    input_ids = torch.randint(0, config.vocab_size, (ROWS, TOKENS))
+    input_ids = torch.randint(0, model.config.vocab_size, (ROWS, TOKENS))
     labels = torch.full_like(input_ids, -100)
     labels[:, -ANSWERS:] = input_ids[:, -ANSWERS:]
     begin: AbstractContextManager[None] = nullcontext()
     if cached:
-        states = torch.randn(ROWS, TOKENS, config.hidden_size)
+        states = torch.randn(ROWS, TOKENS, model.config.hidden_size)
         begin = LayerWindow(decoder).above(first, states)
     with FlopCounterMode(display=False) as counter:
         with begin:
